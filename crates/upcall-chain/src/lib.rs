@@ -1,0 +1,1 @@
+//! A request's walk through the filters, as pure state machines

@@ -1,0 +1,1 @@
+//! Starts filter hosts and talks to them

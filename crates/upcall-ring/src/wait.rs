@@ -1,0 +1,7 @@
+//! placeholder
+/// placeholder
+#[derive(Debug)]
+pub enum Turn {}
+/// placeholder
+#[derive(Debug)]
+pub struct Waiter {}

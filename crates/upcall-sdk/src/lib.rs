@@ -1,0 +1,1 @@
+//! Write Upcall filters in Rust

@@ -1,0 +1,1 @@
+//! Stores: raw files and block devices, memory, null

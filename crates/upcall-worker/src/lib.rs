@@ -1,0 +1,1 @@
+//! The worker: joins frontends, chains, filter hosts and stores in queue threads
