@@ -1,0 +1,114 @@
+//! What a worker shall serve, in plain types. Where they come from (flags, a file) is
+//! decided elsewhere; what is wrong with them is said by [`Worker::start`](crate::Worker).
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use upcall_filterhost::Placement;
+pub use upcall_store::Engine;
+
+/// All that one worker serves: the disks of one VM.
+pub struct WorkerConfig {
+    /// At least one; names are unique.
+    pub disks: Vec<DiskConfig>,
+    /// Where the page of counters goes; created, replaced if it is there, removed at the
+    /// end. None: counters are kept but nobody can watch.
+    pub stats: Option<PathBuf>,
+    /// How long requests that a filter holds may take to end when a queue stops, before
+    /// they are cancelled.
+    pub drain_ms: u64,
+    /// Gets what an operator should know, one line at a time. Called from any thread, not
+    /// on the path of a request.
+    pub log: LogSink,
+}
+
+/// Where a worker's messages go.
+pub type LogSink = Arc<dyn Fn(LogLevel, &str) + Send + Sync>;
+
+/// How much a message matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LogLevel {
+    /// Something is broken; a disk or filter does not do its work.
+    Error,
+    /// Something is odd and was dealt with.
+    Warn,
+    /// Worth knowing.
+    Info,
+    /// For who writes a filter.
+    Debug,
+}
+
+/// One disk.
+pub struct DiskConfig {
+    /// Its name in messages and grants: letters, digits, `-`, `_`, `.`; at most 47 bytes.
+    pub name: String,
+    /// Where its data is.
+    pub store: StoreConfig,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Who is served. None: nobody; the disk is there for filters that are granted it.
+    pub frontend: Option<FrontendConfig>,
+    /// Its filters, in any order: class and number decide.
+    pub chain: Vec<SlotConfig>,
+}
+
+/// Where a disk's data is.
+pub enum StoreConfig {
+    /// A raw image file or block device.
+    Raw {
+        /// The file or device.
+        path: PathBuf,
+        /// O_DIRECT: the host's page cache is not used.
+        direct: bool,
+        /// How it is read and written.
+        engine: Engine,
+    },
+    /// Memory of the worker, lost at its end.
+    Memory {
+        /// Size; a multiple of 512.
+        bytes: u64,
+    },
+    /// Reads zeroes, forgets writes.
+    Null {
+        /// Size; a multiple of 512.
+        bytes: u64,
+    },
+}
+
+/// A vhost-user-blk device.
+pub struct FrontendConfig {
+    /// Where QEMU connects.
+    pub socket: SocketSource,
+    /// Queues offered, 1 to 64; each has a thread of its own.
+    pub queues: u16,
+    /// Largest ring a guest may set up; a power of two, 2 to 1024.
+    pub queue_size: u16,
+    /// What the guest's get-id says; at most 20 bytes.
+    pub serial: String,
+    /// Whether the device starts with its write cache on (writes are durable after a
+    /// flush) or off (each write is durable when it completes).
+    pub write_cache: bool,
+}
+
+/// A listening socket.
+pub enum SocketSource {
+    /// To be made at this path, with this mode if given.
+    Path(PathBuf, Option<u32>),
+    /// Inherited, and listening already.
+    Fd(OwnedFd),
+}
+
+/// A filter on a disk.
+pub struct SlotConfig {
+    /// Its shared object.
+    pub filter: PathBuf,
+    /// Its place among filters of the same class; smaller is nearer to the guest.
+    pub order: i32,
+    /// In a process of its own, or (trusted) in the worker.
+    pub placement: Placement,
+    /// Parameters, as the operator wrote them.
+    pub params: Vec<(String, String)>,
+    /// Names of disks it may issue requests to, in the order it will number them, from 1.
+    pub grants: Vec<String>,
+}
