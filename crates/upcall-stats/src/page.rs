@@ -1,0 +1,491 @@
+//! The page itself: the writer's and the reader's view.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use upcall_ring::{Access, Mapping};
+
+use crate::histogram::{BUCKETS, Histogram, bucket_of};
+
+const MAGIC: u64 = u64::from_le_bytes(*b"UPCLSTAT");
+const VERSION: u32 = 1;
+const DIRECTORY: usize = 4096;
+const ENTRY: usize = 256;
+const NAME: usize = 48;
+const BLOCK: usize = 4096;
+const HISTOGRAM: usize = 1024;
+const NOW: usize = 64 * 6;
+const VIOLATIONS: usize = NOW + 8;
+const COUNTERS: usize = 63;
+const COUNTERS_SIZE: usize = 4096;
+/// More hops or queues than this in a file that is read are refused.
+const SANE: u64 = 4096;
+
+/// What a hop is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HopKind {
+    /// The whole way of a request, from the frontend and back.
+    Request,
+    /// One filter.
+    Filter,
+    /// The store.
+    Store,
+}
+
+/// A hop to keep counters for.
+#[derive(Clone, Debug)]
+pub struct HopSpec {
+    /// The disk's name; at most 47 bytes count.
+    pub disk: String,
+    /// The hop's name: the filter's, or what the store is.
+    pub name: String,
+    /// What it is.
+    pub kind: HopKind,
+    /// One block for each.
+    pub queues: u16,
+}
+
+/// The writer's view. Dropping it removes the file.
+pub struct Page {
+    mapping: Arc<Mapping>,
+    hops: Vec<HopPlace>,
+    path: Option<PathBuf>,
+}
+
+struct HopPlace {
+    blocks: usize,
+    counters: usize,
+    queues: u16,
+}
+
+fn name_bytes(name: &str) -> [u8; NAME] {
+    let mut bytes = [0; NAME];
+    let mut end = name.len().min(NAME - 1);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    bytes[..end].copy_from_slice(&name.as_bytes()[..end]);
+    bytes
+}
+
+/// The text in a padded field, made fit for a terminal.
+fn name_text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    let text = String::from_utf8_lossy(&bytes[..end]);
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+impl Page {
+    /// Makes the page: as a file that is renamed to `path` when it is complete, so that no
+    /// reader sees half a page; or, without a path, in memory only.
+    pub fn create(path: Option<&Path>, specs: &[HopSpec]) -> io::Result<Page> {
+        let mut at = (DIRECTORY + ENTRY * specs.len()).next_multiple_of(BLOCK);
+        let mut hops = Vec::new();
+        for spec in specs {
+            let blocks = at;
+            at += BLOCK * usize::from(spec.queues);
+            let counters = if spec.kind == HopKind::Filter { at } else { 0 };
+            at += if spec.kind == HopKind::Filter { COUNTERS_SIZE } else { 0 };
+            hops.push(HopPlace { blocks, counters, queues: spec.queues });
+        }
+        let (mapping, renamed) = match path {
+            None => (
+                Mapping::new(upcall_ring::memfd("upcall-stats", at)?, 0, at, Access::ReadWrite)?,
+                None,
+            ),
+            Some(path) => {
+                let mut unfinished = path.as_os_str().to_owned();
+                unfinished.push(format!(".{}", std::process::id()));
+                let unfinished = PathBuf::from(unfinished);
+                let _ = std::fs::remove_file(&unfinished);
+                let file = OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o644)
+                    .open(&unfinished)?;
+                // Room is taken now: a full disk is an error here, not a SIGBUS later.
+                let made =
+                    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, at as u64)
+                        .map_err(io::Error::from)
+                        .and_then(|()| Mapping::new(file.as_fd(), 0, at, Access::ReadWrite));
+                match made {
+                    Ok(mapping) => (mapping, Some((unfinished, path.to_owned()))),
+                    Err(error) => {
+                        let _ = std::fs::remove_file(&unfinished);
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        let page = Page {
+            mapping: Arc::new(mapping),
+            hops,
+            path: renamed.as_ref().map(|(_, path)| path.clone()),
+        };
+        page.put(0, &MAGIC.to_le_bytes());
+        page.put(8, &VERSION.to_le_bytes());
+        page.put(12, &std::process::id().to_le_bytes());
+        page.put(16, &(specs.len() as u64).to_le_bytes());
+        page.put(24, &(at as u64).to_le_bytes());
+        for (index, (spec, place)) in specs.iter().zip(&page.hops).enumerate() {
+            let entry = DIRECTORY + ENTRY * index;
+            page.put(entry, &name_bytes(&spec.disk));
+            page.put(entry + NAME, &name_bytes(&spec.name));
+            let kind = match spec.kind {
+                HopKind::Request => 0u64,
+                HopKind::Filter => 1,
+                HopKind::Store => 2,
+            };
+            page.put(entry + 96, &kind.to_le_bytes());
+            page.put(entry + 104, &u64::from(spec.queues).to_le_bytes());
+            page.put(entry + 112, &(place.blocks as u64).to_le_bytes());
+            page.put(entry + 120, &(place.counters as u64).to_le_bytes());
+        }
+        if let Some((unfinished, path)) = renamed
+            && let Err(error) = std::fs::rename(&unfinished, &path)
+        {
+            let _ = std::fs::remove_file(&unfinished);
+            return Err(error);
+        }
+        Ok(page)
+    }
+
+    fn put(&self, offset: usize, bytes: &[u8]) {
+        let put = self.mapping.write(offset, bytes);
+        assert!(put.is_some(), "the page was made with room for all of its fields");
+    }
+
+    /// The block of one queue at one hop, for the one thread that counts there. Panics if
+    /// there is no such hop or queue.
+    pub fn block(&self, hop: usize, queue: u16) -> Block {
+        let place = &self.hops[hop];
+        assert!(queue < place.queues);
+        Block { mapping: self.mapping.clone(), start: place.blocks + BLOCK * usize::from(queue) }
+    }
+
+    /// Shows a filter's counters: names and values, the first 63.
+    pub fn show_counters(&self, hop: usize, counters: &[(String, u64)]) {
+        let start = self.hops[hop].counters;
+        if start == 0 {
+            return;
+        }
+        for (index, (name, value)) in counters.iter().take(COUNTERS).enumerate() {
+            self.put(start + 64 * index, &name_bytes(name));
+            self.put(start + 64 * index + NAME, &value.to_le_bytes());
+        }
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Where one thread counts what passes one hop.
+pub struct Block {
+    mapping: Arc<Mapping>,
+    start: usize,
+}
+
+impl Block {
+    fn number(&self, offset: usize) -> &AtomicU64 {
+        match self.mapping.atomic_u64(self.start + offset) {
+            Some(number) => number,
+            None => unreachable!("a block lies inside its page"),
+        }
+    }
+
+    /// This thread is the only writer, so load and store need no locked instruction.
+    fn add(&self, offset: usize, delta: u64) {
+        let number = self.number(offset);
+        number.store(number.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
+    }
+
+    /// A request of operation number `op` arrives.
+    pub fn enter(&self) {
+        self.add(NOW, 1);
+    }
+
+    /// It leaves, after `latency_ns`.
+    pub fn leave(&self, op: u8, bytes: u64, latency_ns: u64, error: bool) {
+        debug_assert!((1..=5).contains(&op));
+        let op = 64 * usize::from(op.min(5));
+        self.add(NOW, u64::MAX);
+        self.add(op, 1);
+        self.add(op + 8, bytes);
+        self.add(op + 16, u64::from(error));
+        self.add(op + 24, latency_ns);
+        self.add(HISTOGRAM + 8 * bucket_of(latency_ns), 1);
+    }
+
+    /// The hop broke a rule.
+    pub fn violation(&self) {
+        self.add(VIOLATIONS, 1);
+    }
+}
+
+/// Why a file cannot be watched.
+#[derive(Debug)]
+pub enum ReadError {
+    /// It cannot be opened or mapped.
+    Io(io::Error),
+    /// It is not a page of counters, or not of this version.
+    NotAPage(&'static str),
+}
+
+impl std::fmt::Display for ReadError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ReadError::Io(error) => error.fmt(f),
+            ReadError::NotAPage(why) => f.write_str(why),
+        }
+    }
+}
+
+impl std::error::Error for ReadError {}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> ReadError {
+        ReadError::Io(error)
+    }
+}
+
+/// The reader's view. The file is not trusted: a bad one gives errors or odd numbers.
+pub struct PageReader {
+    mapping: Mapping,
+    pid: u32,
+    hops: u64,
+}
+
+/// What passed, by operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpCounts {
+    /// Requests that have left the hop.
+    pub requests: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those of them that failed.
+    pub errors: u64,
+    /// The time they spent here, all together.
+    pub time_ns: u64,
+}
+
+/// What a block holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockSnapshot {
+    /// By operation number; 0 is unused.
+    pub ops: [OpCounts; 6],
+    /// Requests here now.
+    pub now: u64,
+    /// Rules broken.
+    pub violations: u64,
+    /// Of all operations.
+    pub latency: Histogram,
+}
+
+impl BlockSnapshot {
+    /// All operations together.
+    pub fn total(&self) -> OpCounts {
+        self.ops.iter().fold(OpCounts::default(), |sum, op| OpCounts {
+            requests: sum.requests.wrapping_add(op.requests),
+            bytes: sum.bytes.wrapping_add(op.bytes),
+            errors: sum.errors.wrapping_add(op.errors),
+            time_ns: sum.time_ns.wrapping_add(op.time_ns),
+        })
+    }
+
+    /// What came since an earlier snapshot; `now` is the later one's.
+    #[must_use]
+    pub fn since(&self, earlier: &BlockSnapshot) -> BlockSnapshot {
+        let mut since = self.clone();
+        for (mine, theirs) in since.ops.iter_mut().zip(&earlier.ops) {
+            mine.requests = mine.requests.wrapping_sub(theirs.requests);
+            mine.bytes = mine.bytes.wrapping_sub(theirs.bytes);
+            mine.errors = mine.errors.wrapping_sub(theirs.errors);
+            mine.time_ns = mine.time_ns.wrapping_sub(theirs.time_ns);
+        }
+        since.violations = since.violations.wrapping_sub(earlier.violations);
+        since.latency = since.latency.since(&earlier.latency);
+        since
+    }
+}
+
+/// A hop of a disk, its queues added up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HopSnapshot {
+    /// The disk's name.
+    pub disk: String,
+    /// The hop's name.
+    pub name: String,
+    /// What it is.
+    pub kind: HopKind,
+    /// What passed.
+    pub block: BlockSnapshot,
+    /// The filter's own counters.
+    pub counters: Vec<(String, u64)>,
+}
+
+impl PageReader {
+    /// Opens a page.
+    pub fn open(path: &Path) -> Result<PageReader, ReadError> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        if length < 2 * DIRECTORY as u64 || length > 1 << 30 {
+            return Err(ReadError::NotAPage(
+                "not a page of counters of an upcall worker (wrong size)",
+            ));
+        }
+        let mapping = Mapping::new(&file, 0, length as usize, Access::ReadOnly)?;
+        let mut reader = PageReader { mapping, pid: 0, hops: 0 };
+        if reader.number(0) != MAGIC {
+            return Err(ReadError::NotAPage(
+                "not a page of counters of an upcall worker (wrong magic)",
+            ));
+        }
+        let word = reader.number(8);
+        if word as u32 != VERSION {
+            return Err(ReadError::NotAPage(
+                "a page of another version: use the upcall that serves the disk",
+            ));
+        }
+        reader.pid = (word >> 32) as u32;
+        reader.hops = reader.number(16);
+        if reader.hops > SANE {
+            return Err(ReadError::NotAPage("a damaged page of counters (too many hops)"));
+        }
+        Ok(reader)
+    }
+
+    /// The process that writes the page.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    fn number(&self, offset: usize) -> u64 {
+        self.mapping.read_array::<8>(offset).map_or(0, u64::from_le_bytes)
+    }
+
+    fn name(&self, offset: usize) -> String {
+        self.mapping.read_array::<NAME>(offset).map_or_else(String::new, |bytes| name_text(&bytes))
+    }
+
+    /// All hops as they stand now.
+    pub fn snapshot(&self) -> Vec<HopSnapshot> {
+        (0..self.hops as usize).map(|index| self.hop(DIRECTORY + ENTRY * index)).collect()
+    }
+
+    fn hop(&self, entry: usize) -> HopSnapshot {
+        let mut block = BlockSnapshot::default();
+        let blocks = self.number(entry + 112) as usize;
+        for queue in 0..self.number(entry + 104).min(SANE) as usize {
+            self.add_block(blocks.saturating_add(BLOCK * queue), &mut block);
+        }
+        let counters = self.number(entry + 120) as usize;
+        HopSnapshot {
+            disk: self.name(entry),
+            name: self.name(entry + NAME),
+            kind: match self.number(entry + 96) {
+                0 => HopKind::Request,
+                1 => HopKind::Filter,
+                _ => HopKind::Store,
+            },
+            block,
+            counters: if counters == 0 { Vec::new() } else { self.counters(counters) },
+        }
+    }
+
+    fn add_block(&self, start: usize, sum: &mut BlockSnapshot) {
+        let number = |offset: usize| self.number(start.saturating_add(offset));
+        for (op, counts) in sum.ops.iter_mut().enumerate() {
+            counts.requests = counts.requests.wrapping_add(number(64 * op));
+            counts.bytes = counts.bytes.wrapping_add(number(64 * op + 8));
+            counts.errors = counts.errors.wrapping_add(number(64 * op + 16));
+            counts.time_ns = counts.time_ns.wrapping_add(number(64 * op + 24));
+        }
+        sum.now = sum.now.wrapping_add(number(NOW));
+        sum.violations = sum.violations.wrapping_add(number(VIOLATIONS));
+        for bucket in 0..BUCKETS {
+            let count = number(HISTOGRAM + 8 * bucket);
+            sum.latency.counts[bucket] = sum.latency.counts[bucket].wrapping_add(count);
+        }
+    }
+
+    fn counters(&self, start: usize) -> Vec<(String, u64)> {
+        (0..COUNTERS)
+            .map(|index| start.saturating_add(64 * index))
+            .map(|at| (self.name(at), self.number(at.saturating_add(NAME))))
+            .take_while(|(name, _)| !name.is_empty())
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn specs() -> Vec<HopSpec> {
+        [("request", HopKind::Request), ("xor", HopKind::Filter), ("raw file", HopKind::Store)]
+            .map(|(name, kind)| HopSpec { disk: "root".into(), name: name.into(), kind, queues: 3 })
+            .into()
+    }
+
+    #[test]
+    fn a_reader_sees_the_sum_of_all_queues() {
+        let path = std::env::temp_dir().join(format!("upcall-stats-test-{}", std::process::id()));
+        let page = Page::create(Some(&path), &specs()).unwrap();
+        let (a, b) = (page.block(1, 0), page.block(1, 2));
+        a.enter();
+        a.leave(2, 4096, 700, false);
+        b.enter();
+        b.leave(1, 512, 900, true);
+        b.enter();
+        b.violation();
+        page.show_counters(1, &[("sectors".into(), 9)]);
+        let reader = PageReader::open(&path).unwrap();
+        assert_eq!(reader.pid(), std::process::id());
+        let hops = reader.snapshot();
+        assert_eq!(hops.len(), 3);
+        assert_eq!(
+            (hops[1].disk.as_str(), hops[1].name.as_str(), hops[1].kind),
+            ("root", "xor", HopKind::Filter)
+        );
+        let block = &hops[1].block;
+        assert_eq!(block.ops[2], OpCounts { requests: 1, bytes: 4096, errors: 0, time_ns: 700 });
+        assert_eq!(block.ops[1], OpCounts { requests: 1, bytes: 512, errors: 1, time_ns: 900 });
+        assert_eq!((block.now, block.violations, block.latency.total()), (1, 1, 2));
+        assert_eq!(hops[1].counters, [("sectors".to_string(), 9)]);
+        assert_eq!(hops[0].block, BlockSnapshot::default());
+        drop(page);
+        assert!(!path.exists(), "the file goes with the worker");
+    }
+
+    #[test]
+    fn a_file_that_is_no_page_is_refused() {
+        let path = std::env::temp_dir().join(format!("upcall-stats-bad-{}", std::process::id()));
+        std::fs::write(&path, b"short").unwrap();
+        assert!(matches!(PageReader::open(&path), Err(ReadError::NotAPage(_))));
+        std::fs::write(&path, vec![7; 8192]).unwrap();
+        assert!(matches!(PageReader::open(&path), Err(ReadError::NotAPage(_))));
+        let mut bytes = vec![0; 8192];
+        bytes[..8].copy_from_slice(&MAGIC.to_le_bytes());
+        bytes[8] = 1;
+        bytes[16] = 9; // hops whose entries point anywhere
+        bytes[4096..8192].fill(0xff);
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(
+            PageReader::open(&path).unwrap().snapshot().len(),
+            9,
+            "odd numbers, but no harm"
+        );
+        std::fs::remove_file(&path).unwrap();
+    }
+}
