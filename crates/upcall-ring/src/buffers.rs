@@ -133,8 +133,8 @@ impl Buffers {
             // within both; `copy` bears concurrent changes (and overlap, as memmove).
             unsafe { copy(from, into, length) };
             let rest = |at: *mut u8, left: usize, next: &mut dyn Iterator<Item = _>| {
-                // SAFETY: `length` bytes of the piece are used up; the rest follows them.
                 if left > length {
+                    // SAFETY: `length` bytes of the piece are used up; the rest follows.
                     Some((unsafe { at.add(length) }, left - length))
                 } else {
                     next.next()

@@ -5,7 +5,8 @@
 //! * [`Buffers`]: pieces of such memory, for the kernel to read and write, with what keeps
 //!   them mapped.
 //! * [`Arena`]: hands out the pages of a mapping.
-//! * [`channel`]: the two rings between a worker and a filter host.
+//! * [`ring`]: how entries cross shared memory; [`channel`]: the two rings between a worker
+//!   and a filter host.
 //! * [`Doorbell`]: an eventfd. [`Waiter`]: when to poll, to yield, to sleep.
 //!
 //! Rules of the game: whatever is read here may have been written by an enemy and may
@@ -15,14 +16,18 @@
 
 mod arena;
 mod buffers;
+// Under loom the ring's atomics are not those of shared memory.
+#[cfg(not(loom))]
 pub mod channel;
 mod doorbell;
 mod mapping;
-pub(crate) mod sync;
+mod pages;
+pub mod ring;
+mod sync;
 mod wait;
 
-pub use arena::{Arena, ArenaSlice};
+pub use arena::{Arena, ArenaSlice, PAGE_SIZE};
 pub use buffers::{Buffers, Segment};
 pub use doorbell::Doorbell;
 pub use mapping::{Access, Mapping, memfd, read_only_view};
-pub use wait::{Turn, Waiter};
+pub use wait::{Turn, WaitLimits, Waiter};

@@ -100,6 +100,13 @@ impl Mapping {
         self.at(offset, length)
     }
 
+    /// The address of `length` writable bytes at `offset`, for code in this crate that makes
+    /// atomics of them and keeps the mapping.
+    #[cfg(not(loom))]
+    pub(crate) fn pointer(&self, offset: usize, length: usize) -> Option<NonNull<u8>> {
+        self.at_mut(offset, length).and_then(NonNull::new)
+    }
+
     fn at_aligned(&self, offset: usize, length: usize) -> Option<*mut u8> {
         self.at(offset, length).filter(|at| (*at as usize).is_multiple_of(length))
     }
