@@ -1,0 +1,100 @@
+//! Builds the filter host from `c/`: as a program for 64 and, where the compiler can, for 32
+//! bits, to be embedded by `launch.rs`; and as a library for inline placement.
+//!
+//! A machine without `-m32` (Debian: gcc-multilib) gets an empty 32-bit program, and a
+//! warning; `launch.rs` then refuses 32-bit filters with the way out.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+fn main() {
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let sdk = root.join("../../sdk/c/include");
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=c");
+    println!("cargo::rerun-if-changed={}", sdk.display());
+
+    let sources = sources(&root.join("c"));
+    // While the C side is being written: build without a filter host, and say so.
+    if let Err(error) = link(&sources, &sdk, "-m64", &out.join("filterhost-64")) {
+        println!(
+            "cargo::warning=no filter host: c/ does not build yet ({} bytes of errors)",
+            error.len()
+        );
+        for program in ["filterhost-64", "filterhost-32"] {
+            fs::write(out.join(program), b"").expect("OUT_DIR is writable");
+        }
+        let stub = out.join("stub.c");
+        fs::write(
+            &stub,
+            "void *upcall_host_new(void) { return 0; } int upcall_host_run(void) { return 0; }\n\
+             void upcall_host_free(void) {} int upcall_host_deliver(void) { return -1; }\n",
+        )
+        .expect("OUT_DIR is writable");
+        cc::Build::new().file(stub).compile("upcall_filterhost");
+        return;
+    }
+    link(&sources, &sdk, "-m64", &out.join("filterhost-64"))
+        .unwrap_or_else(|error| panic!("the filter host does not build:\n{error}"));
+    let host_32 = out.join("filterhost-32");
+    if can_build_32(&out) {
+        link(&sources, &sdk, "-m32", &host_32)
+            .unwrap_or_else(|error| panic!("the 32-bit filter host does not build:\n{error}"));
+    } else {
+        println!("cargo::warning=no -m32: 32-bit filters will be refused; install gcc-multilib");
+        fs::write(&host_32, b"").expect("OUT_DIR is writable");
+    }
+
+    let library = sources.iter().filter(|source| !source.ends_with("main.c"));
+    compiler(&sdk).files(library).compile("upcall_filterhost");
+}
+
+/// The C files of the filter host. `layout.c` is a program of the tests.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut sources: Vec<PathBuf> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.expect("c/ can be listed").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "c"))
+        .filter(|path| !path.ends_with("layout.c"))
+        .collect();
+    sources.sort();
+    sources
+}
+
+fn compiler(sdk: &Path) -> cc::Build {
+    let mut build = cc::Build::new();
+    build.std("c11").include(sdk).flag("-pthread").define("_GNU_SOURCE", None).opt_level(2);
+    build
+}
+
+/// Compiles and links a program with the compiler that the `cc` crate would use.
+fn link(sources: &[PathBuf], sdk: &Path, width: &str, program: &Path) -> Result<(), String> {
+    let compiler = cc::Build::new().get_compiler();
+    run(Command::new(compiler.path())
+        .args(["-std=c11", "-D_GNU_SOURCE", "-O2", "-g", "-Wall", "-Wextra", width, "-pthread"])
+        .args(["-fPIE", "-pie", "-Wl,-z,relro,-z,now"])
+        .arg("-I")
+        .arg(sdk)
+        .args(sources)
+        .arg("-o")
+        .arg(program)
+        .arg("-ldl"))
+}
+
+fn can_build_32(out: &Path) -> bool {
+    let source = out.join("probe.c");
+    fs::write(&source, "#include <stdio.h>\nint main(void) { return puts(\"\") < 0; }\n")
+        .expect("OUT_DIR is writable");
+    link(&[source], out, "-m32", &out.join("probe-32")).is_ok()
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(format!("{command:?}\n{}", String::from_utf8_lossy(&output.stderr)))
+}
