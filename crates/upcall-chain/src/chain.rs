@@ -240,3 +240,143 @@ impl PerOp {
         per_op
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use upcall_block::OpSet;
+
+    use super::*;
+    use crate::Class;
+    use crate::examples::*;
+
+    #[test]
+    fn slots_are_in_the_order_of_class_then_number_then_as_given() {
+        let spec = |class, order| SlotSpec { class, order, ..observer(OpSet::ALL) };
+        let chain = chain([
+            spec(Class::Qos, -5),
+            spec(Class::Inspection, 7),
+            spec(Class::Cache, 1),
+            spec(Class::Inspection, -7),
+            spec(Class::Cache, 1),
+        ]);
+        let order: Vec<_> = chain.slots().map(|(slot, _)| chain.source_index(slot)).collect();
+        assert_eq!(order, [3, 1, 2, 4, 0]);
+        assert_eq!(chain.spec(slot(4)).class, Class::Qos);
+    }
+
+    #[test]
+    fn a_chain_without_filters_offers_the_store_as_it_is() {
+        let chain = chain([]);
+        assert_eq!(chain.info(), &disk());
+        assert!(chain.is_empty());
+        for op in Op::ALL {
+            assert_eq!(chain.route(op, Entry::Top), Route::Native);
+            assert!(chain.plan(op, Entry::Top).is_empty());
+        }
+    }
+
+    #[test]
+    fn an_operation_nobody_asked_for_has_an_empty_plan() {
+        let chain = chain([observer(ops([Op::Write])), observer(ops([Op::Read, Op::Write]))]);
+        assert_eq!(
+            chain.plan(Op::Write, Entry::Top).iter().collect::<Vec<_>>(),
+            [slot(0), slot(1)]
+        );
+        assert_eq!(chain.plan(Op::Read, Entry::Top).iter().collect::<Vec<_>>(), [slot(1)]);
+        assert!(chain.plan(Op::Flush, Entry::Top).is_empty());
+    }
+
+    #[test]
+    fn write_zeroes_becomes_writes_for_a_changer_without_it() {
+        let chain = chain([observer(OpSet::ALL), changer()]);
+        assert_eq!(chain.route(Op::WriteZeroes, Entry::Top), Route::AsWrites);
+        assert!(chain.info().ops.contains(Op::WriteZeroes), "the guest need not know");
+    }
+
+    #[test]
+    fn write_zeroes_stays_itself_for_a_changer_that_handles_it() {
+        let mut spec = changer();
+        spec.ops = spec.ops.with(Op::WriteZeroes);
+        assert_eq!(chain([spec]).route(Op::WriteZeroes, Entry::Top), Route::Native);
+    }
+
+    #[test]
+    fn discard_is_withheld_by_a_changer_without_it() {
+        let chain = chain([changer()]);
+        assert_eq!(chain.route(Op::Discard, Entry::Top), Route::Withheld);
+        assert_eq!(chain.info().ops, OpSet::ALL.without(Op::Discard));
+        assert_eq!(DiskInfo { ops: OpSet::ALL, ..chain.info().clone() }, disk(), "and no more");
+    }
+
+    #[test]
+    fn who_answers_decides_data_as_who_changes_it_does() {
+        let spec = SlotSpec { answers: ops([Op::Read]), ..observer(ops([Op::Read, Op::Write])) };
+        let chain = chain([spec]);
+        assert_eq!(chain.route(Op::Discard, Entry::Top), Route::Withheld);
+        assert_eq!(chain.route(Op::WriteZeroes, Entry::Top), Route::AsWrites);
+    }
+
+    #[test]
+    fn flush_passes_a_changer_by() {
+        assert_eq!(chain([changer()]).route(Op::Flush, Entry::Top), Route::Native);
+    }
+
+    #[test]
+    fn an_observer_withholds_nothing() {
+        let sees = SlotSpec { sees: ops([Op::Write]), ..observer(ops([Op::Write])) };
+        assert_eq!(chain([sees]).info(), &disk());
+    }
+
+    #[test]
+    fn what_the_store_cannot_do_is_not_offered() {
+        let store = DiskInfo { ops: ops([Op::Read, Op::Write, Op::Flush]), ..disk() };
+        let chain = Chain::new(Generation(1), vec![changer()], &store).unwrap();
+        assert_eq!(chain.info(), &store);
+        assert_eq!(chain.route(Op::WriteZeroes, Entry::Top), Route::Withheld);
+        let store = DiskInfo { ops: ops([Op::Read, Op::WriteZeroes]), ..disk() };
+        let chain = Chain::new(Generation(1), vec![changer()], &store).unwrap();
+        assert_eq!(chain.info().ops, ops([Op::Read]), "zeroes could not be written");
+    }
+
+    #[test]
+    fn below_an_issuer_only_those_below_count() {
+        let chain = chain([observer(OpSet::ALL), changer(), answerer()]);
+        assert_eq!(chain.route(Op::Discard, Entry::Below(slot(0))), Route::Withheld);
+        assert_eq!(chain.route(Op::Discard, Entry::Below(slot(1))), Route::Native);
+        assert_eq!(chain.route(Op::WriteZeroes, Entry::Below(slot(0))), Route::AsWrites);
+        assert_eq!(chain.route(Op::WriteZeroes, Entry::Below(slot(1))), Route::Native);
+        let plan = chain.plan(Op::Read, Entry::Below(slot(1)));
+        assert_eq!(plan.iter().collect::<Vec<_>>(), [slot(2)], "never the issuer itself");
+        assert!(chain.plan(Op::Read, Entry::Below(slot(2))).is_empty());
+    }
+
+    #[test]
+    fn the_arena_is_needed_where_somebody_below_gets_the_data() {
+        let sees_writes = SlotSpec { sees: ops([Op::Write]), ..observer(OpSet::ALL) };
+        let chain = chain([observer(OpSet::ALL), sees_writes]);
+        assert!(chain.needs_arena(Op::Write, Entry::Top));
+        assert!(chain.needs_arena(Op::Write, Entry::Below(slot(0))));
+        assert!(!chain.needs_arena(Op::Write, Entry::Below(slot(1))));
+        assert!(!chain.needs_arena(Op::Read, Entry::Top));
+        assert_eq!(chain.data_on_way_down(Op::Write, slot(1)), DataAccess::Observe);
+        assert_eq!(chain.data_on_way_up(Op::Write, slot(1)), DataAccess::None);
+    }
+
+    #[test]
+    fn a_refused_filter_is_named_by_its_place_in_the_list() {
+        let bad = SlotSpec { sees: OpSet::ALL, ..observer(OpSet::ALL) };
+        let list = vec![changer(), bad];
+        let error = Chain::new(Generation(1), list, &disk()).unwrap_err();
+        assert!(matches!(error, ChainError::Spec { source_index: 1, .. }), "{error:?}");
+        assert!(error.to_string().starts_with("filter number 2: `sees` names"), "{error}");
+    }
+
+    #[test]
+    fn a_chain_has_64_slots_at_most() {
+        let specs = |count| vec![observer(OpSet::ALL); count];
+        let chain = Chain::new(Generation(1), specs(64), &disk()).unwrap();
+        assert_eq!(chain.plan(Op::Read, Entry::Top), SlotSet::ALL);
+        let error = Chain::new(Generation(1), specs(65), &disk()).unwrap_err();
+        assert_eq!(error, ChainError::TooManySlots { count: 65 });
+    }
+}

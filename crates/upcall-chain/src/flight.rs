@@ -317,3 +317,340 @@ impl Step {
         Step { action: Action::Wait, violation: Some(violation) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use upcall_block::OpSet;
+
+    use super::*;
+    use crate::SlotSpec;
+    use crate::examples::*;
+
+    const CANCELED: Status = Err(Errno::ECANCELED);
+    const EIO: Status = Err(Errno::EIO);
+    const NO_SPACE: Status = Err(Errno::ENOSPC);
+    const PASS: Verdict = Verdict::Pass(Ok(()));
+
+    fn start(index: usize) -> Action {
+        Action::Start { slot: slot(index) }
+    }
+
+    fn done(index: usize, status: Status) -> Action {
+        Action::Done { slot: slot(index), status }
+    }
+
+    fn cancel(index: usize) -> Action {
+        Action::Cancel { slot: slot(index) }
+    }
+
+    /// A flight with its chain, for shorter tests.
+    struct Walk {
+        chain: Chain,
+        flight: Flight,
+        first: Action,
+    }
+
+    impl Walk {
+        fn new<const N: usize>(op: Op, specs: [SlotSpec; N]) -> Walk {
+            let chain = chain(specs);
+            let (flight, first) = Flight::new(&chain, op, Entry::Top);
+            Walk { chain, flight, first }
+        }
+
+        /// A write through slots that watch; so many have answered already.
+        fn watched<const N: usize>(answered: usize) -> Walk {
+            let mut walk = Walk::new(Op::Write, [(); N].map(|()| observer(OpSet::ALL)));
+            for index in 0..answered {
+                let _ = walk.says(index, Verdict::Watch);
+            }
+            walk
+        }
+
+        /// What follows from a verdict that is no violation.
+        fn says(&mut self, index: usize, verdict: Verdict) -> Action {
+            let step = self.flight.handle_verdict(&self.chain, slot(index), verdict);
+            assert_eq!(step.violation, None, "{index} says {verdict:?}");
+            step.action
+        }
+
+        fn breaks(&mut self, index: usize, verdict: Verdict) -> (Action, Violation) {
+            let step = self.flight.handle_verdict(&self.chain, slot(index), verdict);
+            (step.action, step.violation.expect("a violation"))
+        }
+    }
+
+    #[test]
+    fn a_request_walks_down_to_the_store_and_completes() {
+        let mut walk = Walk::watched::<2>(0);
+        assert_eq!(walk.first, start(0));
+        assert_eq!(walk.says(0, PASS), start(1));
+        assert!(walk.flight.is_waiting_on(slot(1)) && !walk.flight.is_waiting_on(slot(0)));
+        assert_eq!(walk.says(1, PASS), Action::Store);
+        assert_eq!(walk.flight.waiting_on(), None);
+        assert_eq!(walk.flight.handle_store(Ok(())).action, Action::Complete(Ok(())));
+        assert!(walk.flight.has_ended());
+    }
+
+    #[test]
+    fn a_request_nobody_asked_for_goes_straight_to_the_store() {
+        assert_eq!(Walk::new(Op::Read, [observer(ops([Op::Write]))]).first, Action::Store);
+        assert_eq!(Walk::new(Op::Read, []).first, Action::Store);
+    }
+
+    #[test]
+    fn an_operation_that_is_not_offered_reaches_nobody() {
+        let unsupported = Action::Complete(Err(Errno::EOPNOTSUPP));
+        assert_eq!(Walk::new(Op::Discard, [changer()]).first, unsupported);
+        assert_eq!(
+            Walk::new(Op::WriteZeroes, [observer(OpSet::ALL), changer()]).first,
+            unsupported
+        );
+    }
+
+    #[test]
+    fn watchers_see_the_completion_nearest_the_store_first() {
+        let mut walk = Walk::watched::<3>(1);
+        assert_eq!(walk.says(1, PASS), start(2));
+        assert_eq!(walk.says(2, Verdict::Watch), Action::Store);
+        assert_eq!(walk.flight.handle_store(NO_SPACE).action, done(2, NO_SPACE));
+        assert_eq!(walk.says(2, Verdict::Pass(NO_SPACE)), done(0, NO_SPACE));
+        assert_eq!(walk.says(0, Verdict::Pass(NO_SPACE)), Action::Complete(NO_SPACE));
+    }
+
+    #[test]
+    fn a_status_changed_on_the_way_up_is_what_those_above_see() {
+        let mut walk = Walk::watched::<4>(4);
+        assert_eq!(walk.flight.handle_store(NO_SPACE).action, done(3, NO_SPACE));
+        assert_eq!(walk.says(3, Verdict::Done), done(2, Ok(())));
+        assert_eq!(walk.says(2, Verdict::Fail(Errno::EROFS)), done(1, Err(Errno::EROFS)));
+        assert_eq!(walk.says(1, Verdict::Pass(EIO)), done(0, EIO));
+        assert_eq!(walk.says(0, PASS), Action::Complete(Ok(())));
+    }
+
+    #[test]
+    fn who_answers_does_not_see_its_own_completion_and_those_below_see_nothing() {
+        for (verdict, status) in [(Verdict::Done, Ok(())), (Verdict::Fail(Errno::ENOSPC), NO_SPACE)]
+        {
+            let mut walk = Walk::new(Op::Read, [observer(OpSet::ALL), answerer(), answerer()]);
+            assert_eq!(walk.says(0, Verdict::Watch), start(1));
+            assert_eq!(walk.says(1, verdict), done(0, status));
+            assert_eq!(walk.says(0, Verdict::Pass(status)), Action::Complete(status));
+        }
+    }
+
+    #[test]
+    fn the_status_of_a_pass_on_the_way_down_says_nothing() {
+        let mut walk = Walk::watched::<1>(0);
+        assert_eq!(walk.says(0, Verdict::Pass(EIO)), Action::Store);
+        assert_eq!(walk.flight.handle_store(Ok(())).action, Action::Complete(Ok(())));
+    }
+
+    #[test]
+    fn a_held_request_waits_for_one_more_answer_on_either_way() {
+        let mut walk = Walk::watched::<1>(0);
+        assert_eq!(walk.says(0, Verdict::Hold), Action::Wait);
+        assert!(walk.flight.is_held());
+        assert_eq!(walk.says(0, Verdict::Watch), Action::Store);
+        assert!(!walk.flight.is_held());
+        assert_eq!(walk.flight.handle_store(Ok(())).action, done(0, Ok(())));
+        assert_eq!(walk.says(0, Verdict::Hold), Action::Wait);
+        assert_eq!(walk.says(0, PASS), Action::Complete(Ok(())));
+    }
+
+    #[test]
+    fn what_a_filter_issues_enters_below_it() {
+        let chain = chain([observer(OpSet::ALL), observer(OpSet::ALL), observer(OpSet::ALL)]);
+        let (_, first) = Flight::new(&chain, Op::Write, Entry::Below(slot(1)));
+        assert_eq!(first, start(2));
+        let (_, first) = Flight::new(&chain, Op::Write, Entry::Below(slot(2)));
+        assert_eq!(first, Action::Store);
+    }
+
+    #[test]
+    fn done_for_an_undeclared_operation_fails_the_request() {
+        let mut walk = Walk::watched::<2>(1);
+        let violation = Violation::DoneNotDeclared { slot: slot(1), op: Op::Write };
+        assert_eq!(walk.breaks(1, Verdict::Done), (done(0, EIO), violation));
+        assert_eq!(walk.says(0, Verdict::Pass(EIO)), Action::Complete(EIO));
+    }
+
+    #[test]
+    fn watch_on_the_way_up_fails_the_request() {
+        let mut walk = Walk::watched::<1>(1);
+        let _ = walk.flight.handle_store(Ok(()));
+        let violation = Violation::WatchOnWayUp { slot: slot(0) };
+        assert_eq!(walk.breaks(0, Verdict::Watch), (Action::Complete(EIO), violation));
+    }
+
+    #[test]
+    fn a_second_hold_fails_the_request() {
+        let mut walk = Walk::watched::<1>(0);
+        let _ = walk.says(0, Verdict::Hold);
+        let violation = Violation::HeldTwice { slot: slot(0) };
+        assert_eq!(walk.breaks(0, Verdict::Hold), (Action::Complete(EIO), violation));
+    }
+
+    #[test]
+    fn nonsense_fails_the_request_and_keeps_the_error_it_had() {
+        let mut walk = Walk::watched::<1>(1);
+        let _ = walk.flight.handle_store(NO_SPACE);
+        let violation = Violation::Nonsense { slot: slot(0) };
+        assert_eq!(walk.breaks(0, Verdict::Nonsense), (Action::Complete(NO_SPACE), violation));
+    }
+
+    #[test]
+    fn an_answer_to_what_was_not_asked_changes_nothing() {
+        let mut walk = Walk::watched::<3>(1);
+        for index in [0, 2, 63] {
+            let before = format!("{:?}", walk.flight);
+            let violation = Violation::NotAsked { slot: slot(index) };
+            assert_eq!(walk.breaks(index, Verdict::Done), (Action::Wait, violation));
+            assert_eq!(format!("{:?}", walk.flight), before);
+        }
+        let step = walk.flight.handle_store(Ok(()));
+        assert_eq!(step, Step::ignored(Violation::NotWithStore));
+        assert_eq!(walk.says(1, PASS), start(2));
+    }
+
+    #[test]
+    fn after_its_end_a_flight_bears_nothing() {
+        let mut walk = Walk::watched::<1>(0);
+        assert_eq!(walk.says(0, Verdict::Fail(Errno::EIO)), Action::Complete(EIO));
+        let ended = Step::ignored(Violation::Ended);
+        assert_eq!(walk.flight.handle_verdict(&walk.chain, slot(0), PASS), ended);
+        assert_eq!(walk.flight.handle_store(Ok(())), ended);
+        assert_eq!(walk.flight.handle_cancel(), ended);
+        assert_eq!(walk.flight.handle_lost(slot(0)), ended);
+        assert_eq!(walk.flight.handle_restart(slot(0)), ended);
+    }
+
+    #[test]
+    fn who_holds_a_cancelled_request_is_told_once_and_its_answer_only_frees_it() {
+        let mut walk = Walk::new(Op::Write, [observer(OpSet::ALL), answerer(), answerer()]);
+        let _ = walk.says(0, Verdict::Watch);
+        let _ = walk.says(1, Verdict::Hold);
+        assert_eq!(walk.flight.handle_cancel().action, cancel(1));
+        assert_eq!(walk.flight.handle_cancel().action, Action::Wait);
+        assert_eq!(walk.says(1, Verdict::Done), done(0, CANCELED), "though it says done");
+        assert_eq!(walk.says(0, PASS), Action::Complete(CANCELED), "though it says success");
+    }
+
+    #[test]
+    fn a_cancelled_request_goes_no_further_down() {
+        let mut walk = Walk::watched::<3>(1);
+        assert_eq!(walk.flight.handle_cancel().action, Action::Wait, "an answer is on its way");
+        assert_eq!(walk.says(1, PASS), done(0, CANCELED));
+    }
+
+    #[test]
+    fn who_holds_after_the_cancel_is_told_then() {
+        let mut walk = Walk::watched::<1>(1);
+        let _ = walk.flight.handle_cancel();
+        assert_eq!(walk.flight.handle_store(Ok(())).action, done(0, CANCELED));
+        assert_eq!(walk.says(0, Verdict::Hold), cancel(0));
+        assert_eq!(walk.says(0, PASS), Action::Complete(CANCELED));
+    }
+
+    #[test]
+    fn a_watch_that_crossed_the_cancel_is_honoured() {
+        let mut walk = Walk::watched::<2>(0);
+        let _ = walk.says(0, Verdict::Hold);
+        assert_eq!(walk.flight.handle_cancel().action, cancel(0));
+        assert_eq!(walk.says(0, Verdict::Watch), done(0, CANCELED));
+        assert_eq!(walk.says(0, Verdict::Pass(CANCELED)), Action::Complete(CANCELED));
+    }
+
+    #[test]
+    fn a_cancelled_request_with_the_store_comes_back_first() {
+        for (from_store, status) in [(Ok(()), CANCELED), (NO_SPACE, NO_SPACE)] {
+            let mut walk = Walk::watched::<1>(1);
+            assert_eq!(walk.flight.handle_cancel().action, Action::Wait);
+            assert_eq!(walk.flight.handle_store(from_store).action, done(0, status));
+            assert_eq!(walk.says(0, PASS), Action::Complete(status));
+        }
+    }
+
+    #[test]
+    fn a_cancel_on_the_way_up_keeps_an_error_and_takes_a_success_away() {
+        for (from_store, status) in [(Ok(()), CANCELED), (NO_SPACE, NO_SPACE)] {
+            let mut walk = Walk::watched::<2>(2);
+            let _ = walk.flight.handle_store(from_store);
+            let _ = walk.says(1, Verdict::Hold);
+            assert_eq!(walk.flight.handle_cancel().action, cancel(1));
+            assert_eq!(walk.says(1, Verdict::Done), done(0, status));
+        }
+    }
+
+    #[test]
+    fn after_a_cancel_only_what_is_no_answer_is_a_violation() {
+        let mut walk = Walk::watched::<1>(0);
+        let _ = walk.flight.handle_cancel();
+        assert_eq!(walk.says(0, Verdict::Done), Action::Complete(CANCELED));
+        let mut walk = Walk::watched::<1>(0);
+        let _ = walk.flight.handle_cancel();
+        let violation = Violation::Nonsense { slot: slot(0) };
+        assert_eq!(walk.breaks(0, Verdict::Nonsense), (Action::Complete(CANCELED), violation));
+    }
+
+    #[test]
+    fn a_request_that_waits_on_a_lost_host_fails_on_either_way() {
+        let mut walk = Walk::watched::<2>(1);
+        let _ = walk.says(1, Verdict::Hold);
+        assert_eq!(walk.flight.handle_lost(slot(1)).action, done(0, EIO), "down, held");
+        assert_eq!(walk.flight.handle_lost(slot(0)).action, Action::Complete(EIO));
+
+        let mut walk = Walk::watched::<1>(1);
+        let _ = walk.flight.handle_store(Ok(()));
+        assert_eq!(walk.flight.handle_lost(slot(0)).action, Action::Complete(EIO), "up, success");
+
+        let mut walk = Walk::watched::<1>(1);
+        let _ = walk.flight.handle_store(NO_SPACE);
+        let end = Action::Complete(NO_SPACE);
+        assert_eq!(walk.flight.handle_lost(slot(0)).action, end, "up, failed already");
+    }
+
+    #[test]
+    fn a_lost_host_that_has_answered_matters_when_its_turn_comes() {
+        let mut walk = Walk::watched::<2>(1);
+        assert_eq!(walk.flight.handle_lost(slot(0)).action, Action::Wait);
+        let _ = walk.says(1, PASS);
+        assert_eq!(walk.flight.handle_store(Ok(())).action, done(0, Ok(())));
+        assert_eq!(walk.flight.handle_lost(slot(0)).action, Action::Complete(EIO));
+    }
+
+    #[test]
+    fn a_new_instance_gets_what_the_old_one_had_not_answered() {
+        let mut walk = Walk::watched::<2>(0);
+        let _ = walk.says(0, Verdict::Hold);
+        assert_eq!(walk.flight.handle_restart(slot(1)).action, Action::Wait, "not its request");
+        assert!(walk.flight.is_held());
+        assert_eq!(walk.flight.handle_restart(slot(0)).action, start(0));
+        assert_eq!(walk.says(0, Verdict::Hold), Action::Wait, "its first hold");
+        assert_eq!(walk.says(0, Verdict::Watch), start(1));
+        let _ = walk.says(1, PASS);
+        let _ = walk.flight.handle_store(NO_SPACE);
+        assert_eq!(walk.flight.handle_restart(slot(0)).action, done(0, NO_SPACE));
+    }
+
+    #[test]
+    fn a_new_instance_is_not_asked_about_a_cancelled_request_but_told() {
+        let mut walk = Walk::watched::<2>(1);
+        let _ = walk.flight.handle_cancel();
+        assert_eq!(walk.flight.handle_restart(slot(1)).action, done(0, CANCELED));
+        assert_eq!(walk.flight.handle_restart(slot(0)).action, done(0, CANCELED));
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic = "a flight changed its chain"]
+    fn a_flight_stays_with_its_chain() {
+        let mut walk = Walk::watched::<1>(0);
+        let other = Chain::new(Generation(2), vec![observer(OpSet::ALL)], &disk()).unwrap();
+        let _ = walk.flight.handle_verdict(&other, slot(0), PASS);
+    }
+
+    #[test]
+    fn a_flight_is_smaller_than_a_cache_line() {
+        assert!(size_of::<Flight>() <= 48, "{}", size_of::<Flight>());
+    }
+}

@@ -48,6 +48,8 @@
 
 mod chain;
 mod class;
+#[cfg(test)]
+mod examples;
 mod flight;
 mod slot;
 mod split;

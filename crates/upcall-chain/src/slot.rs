@@ -262,3 +262,115 @@ impl SlotSpec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::examples::*;
+
+    #[test]
+    fn a_filter_gets_and_answers_only_what_it_is_asked() {
+        let reads = ops([Op::Read]);
+        let good = observer(reads);
+        assert_eq!(good.check(), Ok(()));
+        let more = ops([Op::Read, Op::Write]);
+        let writes = ops([Op::Write]);
+        let refused = |mask| Err(SpecError::NotHandled { mask, ops: writes });
+        assert_eq!(SlotSpec { sees: more, ..good.clone() }.check(), refused("sees"));
+        assert_eq!(SlotSpec { changes: more, ..good.clone() }.check(), refused("changes"));
+        assert_eq!(SlotSpec { answers: more, ..good }.check(), refused("answers"));
+    }
+
+    #[test]
+    fn only_reads_and_writes_have_data_to_see_or_change() {
+        let all = observer(OpSet::ALL);
+        let discards = ops([Op::Read, Op::Discard]);
+        let refused = |mask| Err(SpecError::WithoutData { mask, ops: ops([Op::Discard]) });
+        assert_eq!(SlotSpec { sees: discards, ..all.clone() }.check(), refused("sees"));
+        assert_eq!(SlotSpec { changes: discards, ..all }.check(), refused("changes"));
+    }
+
+    #[test]
+    fn who_answers_what_changes_the_disk_handles_flush() {
+        for op in [Op::Write, Op::Discard, Op::WriteZeroes] {
+            let answered = ops([op]);
+            let spec = SlotSpec { answers: answered, ..observer(OpSet::ALL.without(Op::Flush)) };
+            assert_eq!(spec.check(), Err(SpecError::AnswersWithoutFlush { ops: answered }));
+            assert_eq!(SlotSpec { answers: answered, ..observer(OpSet::ALL) }.check(), Ok(()));
+        }
+        let reads = SlotSpec { answers: ops([Op::Read]), ..observer(ops([Op::Read, Op::Write])) };
+        assert_eq!(reads.check(), Ok(()), "who answers reads alone owes no durability");
+    }
+
+    #[test]
+    fn who_decides_data_handles_reads_and_writes() {
+        for op in [Op::Read, Op::Write] {
+            let one = ops([op]);
+            let blind_to = if op == Op::Read { Op::Write } else { Op::Read };
+            let refused = Err(SpecError::BlindTo { op: blind_to });
+            assert_eq!(SlotSpec { changes: one, ..observer(one) }.check(), refused);
+            let answers = SlotSpec { answers: one, ..observer(one.with(Op::Flush)) };
+            assert_eq!(answers.check(), refused);
+            assert_eq!(SlotSpec { sees: one, ..observer(one) }.check(), Ok(()));
+        }
+        assert_eq!(changer().check(), Ok(()));
+    }
+
+    #[test]
+    fn what_is_refused_says_what_to_do() {
+        let blind = SpecError::BlindTo { op: Op::Read }.to_string();
+        assert!(blind.contains("add read to `ops`"), "{blind}");
+        let flush = SpecError::AnswersWithoutFlush { ops: ops([Op::Write]) }.to_string();
+        assert!(flush.contains("answers write") && flush.contains("add flush to `ops`"), "{flush}");
+        let missing = SpecError::NotHandled { mask: "sees", ops: ops([Op::Write]) }.to_string();
+        assert!(missing.contains("`sees` names write") && missing.contains("add"), "{missing}");
+        let dataless = SpecError::WithoutData { mask: "sees", ops: ops([Op::Flush]) }.to_string();
+        assert!(dataless.contains("flush") && dataless.contains("only read and write"));
+    }
+
+    #[test]
+    fn data_is_there_for_writes_on_the_way_down_and_for_reads_on_the_way_up() {
+        use DataAccess::{Change, None, Observe};
+        let table = |spec: &SlotSpec| {
+            Op::ALL.map(|op| (spec.data_on_way_down(op), spec.data_on_way_up(op)))
+        };
+        let nothing = (None, None);
+        let seer = SlotSpec { sees: ops([Op::Read, Op::Write]), ..observer(OpSet::ALL) };
+        assert_eq!(table(&seer), [(None, Observe), (Observe, None), nothing, nothing, nothing]);
+        assert_eq!(table(&changer()), [(None, Change), (Change, None), nothing, nothing, nothing]);
+        assert_eq!(table(&observer(OpSet::ALL)), [nothing; 5]);
+        assert_eq!(
+            table(&answerer()),
+            [(Change, Change), nothing, nothing, nothing, nothing],
+            "who answers reads fills them in; who answers writes has not asked for their data"
+        );
+    }
+
+    #[test]
+    fn pages_are_mapped_for_the_most_that_any_request_allows() {
+        let sees_reads = SlotSpec { sees: ops([Op::Read]), ..observer(OpSet::ALL) };
+        assert_eq!(observer(OpSet::ALL).arena_access(), DataAccess::None);
+        assert_eq!(sees_reads.arena_access(), DataAccess::Observe);
+        assert_eq!(
+            SlotSpec { changes: ops([Op::Write]), ..sees_reads }.arena_access(),
+            DataAccess::Change
+        );
+        assert_eq!(answerer().arena_access(), DataAccess::Change);
+    }
+
+    #[test]
+    fn a_set_of_slots_gives_them_back_from_either_end() {
+        let mut set = SlotSet::EMPTY;
+        for index in [63, 0, 7] {
+            set.insert(slot(index));
+        }
+        assert_eq!((set.count(), set.contains(slot(7)), set.contains(slot(8))), (3, true, false));
+        assert_eq!(set.iter().map(SlotIndex::index).collect::<Vec<_>>(), [0, 7, 63]);
+        assert_eq!(set.pop_last(), Some(slot(63)));
+        assert_eq!(set.pop_first(), Some(slot(0)));
+        assert_eq!((set.pop_first(), set.pop_first(), set.pop_last()), (Some(slot(7)), None, None));
+        assert_eq!(SlotSet::below(slot(62)).iter().collect::<Vec<_>>(), [slot(63)]);
+        assert!(SlotSet::below(slot(63)).is_empty());
+        assert_eq!(SlotIndex::new(64), None);
+    }
+}

@@ -72,3 +72,62 @@ impl Iterator for Chunks {
 
 impl ExactSizeIterator for Chunks {}
 impl FusedIterator for Chunks {}
+
+#[cfg(test)]
+mod tests {
+    use upcall_block::Errno;
+
+    use super::*;
+    use crate::examples::disk;
+
+    fn number(number: u32) -> NonZeroU32 {
+        NonZeroU32::new(number).unwrap()
+    }
+
+    fn chunks(length: u64, length_max: u32) -> Vec<(u64, u32)> {
+        let range = Range::new(1 << 20, length, &disk()).unwrap();
+        let chunks = Chunks::new(range, number(length_max));
+        let count = chunks.len();
+        let parts: Vec<_> = chunks.map(|part| (part.offset(), part.length())).collect();
+        assert_eq!(parts.len(), count, "the announced length");
+        parts
+    }
+
+    #[test]
+    fn a_request_in_parts_completes_once_when_all_have_ended() {
+        let mut join = Join::new(number(3));
+        assert_eq!(join.handle_part(Ok(())), None);
+        assert_eq!(join.handle_part(Ok(())), None);
+        assert_eq!(join.handle_part(Ok(())), Some(Ok(())));
+    }
+
+    #[test]
+    fn the_first_failure_of_a_part_is_that_of_the_whole() {
+        let mut join = Join::new(number(3));
+        assert_eq!(join.handle_part(Ok(())), None);
+        assert!(!join.has_failed());
+        assert_eq!(join.handle_part(Err(Errno::ENOSPC)), None);
+        assert!(join.has_failed());
+        assert_eq!(join.handle_part(Err(Errno::EIO)), Some(Err(Errno::ENOSPC)));
+    }
+
+    #[test]
+    #[cfg_attr(debug_assertions, should_panic = "more parts ended than there are")]
+    fn a_part_too_many_completes_nothing() {
+        let mut join = Join::new(number(1));
+        assert_eq!(join.handle_part(Ok(())), Some(Ok(())));
+        assert_eq!(join.handle_part(Ok(())), None);
+    }
+
+    #[test]
+    fn chunks_are_the_range_from_start_to_end() {
+        assert_eq!(
+            chunks(10 << 10, 4096),
+            [(1 << 20, 4096), ((1 << 20) + 4096, 4096), ((1 << 20) + 8192, 2048)]
+        );
+        assert_eq!(chunks(8192, 4096), [(1 << 20, 4096), ((1 << 20) + 4096, 4096)]);
+        assert_eq!(chunks(512, u32::MAX), [(1 << 20, 512)]);
+        assert_eq!(chunks(0, 4096), []);
+        assert_eq!(chunks(0x7fff_fe00, 4 << 20).len(), 512, "the longest request there is");
+    }
+}
