@@ -1,0 +1,180 @@
+//! One connection, from its start to its end.
+//!
+//! Waits for a whole message before the `vhost` crate reads it, and for room in the socket
+//! before it answers, so that a frontend that stops halfway holds up nobody: `shutdown` is
+//! heeded at any time, but for the time that a ring takes to stop.
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use vhost::vhost_user::BackendReqHandler;
+
+use crate::config::BlkConfig;
+use crate::device::{Device, QueueHost, Refusal};
+
+/// How long a frontend may take from the first byte of a message to its last.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often we look whether the rest of a message is there.
+const MESSAGE_POLL: Duration = Duration::from_millis(1);
+/// Bytes of a message before its body.
+const MESSAGE_HEADER_SIZE: usize = 12;
+/// Longest body; the `vhost` crate refuses others.
+const MESSAGE_BODY_MAX: usize = 4096;
+
+/// How a connection ended in good order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The frontend closed it.
+    PeerClosed,
+    /// `shutdown` became readable.
+    ShutDown,
+}
+
+/// How a connection ended otherwise. A frontend that reconnects may do better next time.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectionError {
+    /// The frontend asked for what it cannot have. Its configuration or ours must change.
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// The frontend does not speak the protocol as we understand it.
+    #[error("protocol error: {0}")]
+    Protocol(vhost::vhost_user::Error),
+    /// Half a message came, and nothing more, or the connection ended there.
+    #[error("the frontend stopped in the middle of a message")]
+    Stalled,
+    /// The socket failed.
+    #[error("socket: {0}")]
+    Socket(#[from] std::io::Error),
+}
+
+impl From<Errno> for ConnectionError {
+    fn from(errno: Errno) -> ConnectionError {
+        ConnectionError::Socket(errno.into())
+    }
+}
+
+/// Serves the disk `config` to the frontend behind `stream` until the connection ends or
+/// `shutdown` becomes readable (it is not read). Queues are started and stopped through
+/// `host`; none runs when this returns. Blocks: call it on a thread of its own.
+pub fn serve_connection(
+    stream: UnixStream,
+    config: Arc<BlkConfig>,
+    host: &mut dyn QueueHost,
+    shutdown: BorrowedFd<'_>,
+) -> Result<Ended, ConnectionError> {
+    stream.set_nonblocking(false)?;
+    let watched = stream.try_clone()?;
+    let device = Arc::new(Mutex::new(Device::new(config, host)));
+    let mut handler = BackendReqHandler::from_stream(stream, device.clone());
+
+    let result = loop {
+        match wait_for_message(&watched, shutdown) {
+            Ok(None) => {}
+            Ok(Some(ended)) => break Ok(ended),
+            Err(error) => break Err(error),
+        }
+        if let Err(error) = handler.handle_request() {
+            let refusal = device.lock().unwrap_or_else(PoisonError::into_inner).take_refusal();
+            break Err(refusal.map_or(ConnectionError::Protocol(error), ConnectionError::Refused));
+        }
+    };
+    device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
+    result
+}
+
+/// Waits until a message can be read, and answered, without blocking. `Some`: there will
+/// be none.
+fn wait_for_message(
+    stream: &UnixStream,
+    shutdown: BorrowedFd<'_>,
+) -> Result<Option<Ended>, ConnectionError> {
+    if wait(stream, PollFlags::IN, shutdown)? {
+        return Ok(Some(Ended::ShutDown));
+    }
+    let deadline = Instant::now() + MESSAGE_TIMEOUT;
+    loop {
+        match look_for_message(stream)? {
+            Seen::Whole => break,
+            Seen::End => return Ok(Some(Ended::PeerClosed)),
+            Seen::Part if hung_up(stream)? || Instant::now() >= deadline => {
+                return Err(ConnectionError::Stalled);
+            }
+            Seen::Part if is_ready_within(shutdown, MESSAGE_POLL)? => {
+                return Ok(Some(Ended::ShutDown));
+            }
+            Seen::Part => {}
+        }
+    }
+    let shut_down = wait(stream, PollFlags::OUT, shutdown)?;
+    Ok(shut_down.then_some(Ended::ShutDown))
+}
+
+/// What is in the socket.
+enum Seen {
+    Whole,
+    Part,
+    End,
+}
+
+fn look_for_message(stream: &UnixStream) -> Result<Seen, ConnectionError> {
+    let mut header = [0; MESSAGE_HEADER_SIZE];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let length = match rustix::net::recv(stream, &mut header, flags) {
+        Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(Seen::End),
+        Ok((length, _)) => length,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(Seen::Part),
+        Err(errno) => return Err(errno.into()),
+    };
+    if length < MESSAGE_HEADER_SIZE {
+        return Ok(Seen::Part);
+    }
+    let [.., b0, b1, b2, b3] = header;
+    let body = u32::from_le_bytes([b0, b1, b2, b3]) as usize;
+    if body > MESSAGE_BODY_MAX {
+        // Refused when it is read.
+        return Ok(Seen::Whole);
+    }
+    let there = rustix::io::ioctl_fionread(stream)?;
+    let whole = there >= (MESSAGE_HEADER_SIZE + body) as u64;
+    Ok(if whole { Seen::Whole } else { Seen::Part })
+}
+
+fn hung_up(stream: &UnixStream) -> Result<bool, ConnectionError> {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll_again(&mut fds, Some(&now))?;
+    Ok(fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
+}
+
+/// Waits until `stream` is ready for `flags` or has ended. True: `shutdown` came first.
+fn wait(
+    stream: &UnixStream,
+    flags: PollFlags,
+    shutdown: BorrowedFd<'_>,
+) -> Result<bool, ConnectionError> {
+    let mut fds = [PollFd::new(stream, flags), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
+    poll_again(&mut fds, None)?;
+    Ok(!fds[1].revents().is_empty())
+}
+
+fn is_ready_within(fd: BorrowedFd<'_>, timeout: Duration) -> Result<bool, ConnectionError> {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.subsec_nanos().into() };
+    poll_again(&mut fds, Some(&timeout))?;
+    Ok(!fds[0].revents().is_empty())
+}
+
+fn poll_again(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> Result<(), ConnectionError> {
+    loop {
+        match poll(fds, timeout) {
+            Err(Errno::INTR) => {}
+            result => return Ok(result.map(|_| ())?),
+        }
+    }
+}

@@ -1,0 +1,485 @@
+//! The protocol's state: what was negotiated, the guest's memory, which rings run.
+//!
+//! One `Device` per connection; it handles the frontend's messages one after the other,
+//! as the `vhost` crate hands them over. A ring runs while it is enabled and has a size,
+//! addresses and a kick descriptor. Whatever changes one of these stops the ring, changes
+//! it, and starts it again if it can run; other rings go on.
+//!
+//! Always true: the host has exactly the queues that run, and has none when the `Device`
+//! is dropped.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::OFlags;
+use upcall_ring::Doorbell;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, VhostUserBackendReqHandlerMut};
+
+use crate::config::BlkConfig;
+use crate::memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region, RegionAddress};
+use crate::queue::{Shared, Signals, Stopped, VirtQueue};
+use crate::ring::{RingAddress, SplitRing};
+use crate::virtio::*;
+
+/// Who runs the queues: the worker. All calls come from the thread that is in
+/// [`serve_connection`](crate::serve_connection).
+pub trait QueueHost {
+    /// A ring starts: serve it, on a thread of its own, from now on. Also when it broke:
+    /// keep it until [`stop`](Self::stop).
+    fn start(&mut self, index: u16, queue: VirtQueue);
+
+    /// The ring `index`, which was started, stops. Blocks until everything that was taken
+    /// from it is completed, and [finishes](VirtQueue::finish) it. The guest's memory may
+    /// be gone for good once this returns, but for what the frontend still shares.
+    fn stop(&mut self, index: u16) -> Stopped;
+
+    /// The connection has ended; the queues that run are stopped next. Nobody waits for
+    /// answers any more: what is held up may be cancelled.
+    fn disconnected(&mut self) {}
+}
+
+/// What the frontend asked for and did not get. Ends the connection.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the fields are the facts that the message names")]
+pub enum Refusal {
+    /// The frontend uses more rings than were offered.
+    #[error("ring {index} of {count}")]
+    RingIndex { index: u32, count: u16 },
+    /// Make the frontend's ring smaller, or `queue_size_max` larger.
+    #[error("ring {index} with {size} entries: must be a power of two, {size_max} at most")]
+    RingSize { index: u32, size: u32, size_max: u16 },
+    /// A ring's position does not fit into 16 bits.
+    #[error("ring {index} at position {base}")]
+    RingBase { index: u32, base: u32 },
+    /// The frontend told of the memory too late, or the addresses are wrong.
+    #[error("ring {index} at {address:x?} is not in the guest's memory")]
+    RingAddress { index: u16, address: String },
+    /// The frontend wants us to poll without end. Configure it to use kick descriptors.
+    #[error("ring {index} without a kick descriptor")]
+    NoKick { index: u8 },
+    /// The frontend accepted features that were not offered.
+    #[error("features {features:#x} were not offered")]
+    Features { features: u64 },
+    /// The frontend writes a part of the configuration space that is not to be written.
+    #[error("write of {length} bytes at {offset} of the configuration space")]
+    ConfigWrite { offset: u32, length: usize },
+    /// Memory was not accepted.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A message of a protocol feature that was not offered.
+    #[error("{0} was not offered")]
+    NotOffered(&'static str),
+}
+
+/// A ring as the frontend described it so far.
+#[derive(Debug, Default)]
+struct Ring {
+    size: Option<u16>,
+    address: Option<RingAddress>,
+    /// Where it starts, or was when it stopped.
+    base: u16,
+    kick: Option<Doorbell>,
+    enabled: bool,
+    running: bool,
+    signals: Arc<Signals>,
+}
+
+/// See the module.
+pub(crate) struct Device<'a> {
+    host: &'a mut dyn QueueHost,
+    shared: Arc<Shared>,
+    rings: Vec<Ring>,
+    /// Virtio features that the frontend accepted.
+    features: u64,
+    /// Why the last message was refused: `vhost`'s errors have no place for it.
+    refusal: Option<Refusal>,
+}
+
+type Answer<T = ()> = Result<T, Refusal>;
+
+impl<'a> Device<'a> {
+    pub fn new(config: Arc<BlkConfig>, host: &'a mut dyn QueueHost) -> Device<'a> {
+        let rings = (0..config.queues()).map(|_| Ring::default()).collect();
+        let shared = Shared::new(config);
+        Device { host, shared, rings, features: 0, refusal: None }
+    }
+
+    /// Why the last message was refused, if it was us who did.
+    pub fn take_refusal(&mut self) -> Option<Refusal> {
+        self.refusal.take()
+    }
+
+    /// Ends the connection: stops all rings.
+    pub fn disconnect(&mut self) {
+        self.host.disconnected();
+        self.stop_all();
+    }
+
+    fn config(&self) -> &Arc<BlkConfig> {
+        &self.shared.config
+    }
+
+    /// The place of ring `index` in `rings`.
+    fn place(&self, index: u32) -> Answer<usize> {
+        let count = self.config().queues();
+        if index < u32::from(count) {
+            Ok(index as usize)
+        } else {
+            Err(Refusal::RingIndex { index, count })
+        }
+    }
+
+    /// Changes a ring while it is stopped, and starts it again if it can run.
+    fn change(&mut self, index: u32, change: impl FnOnce(&mut Ring)) -> Answer {
+        let at = self.place(index)?;
+        self.stop(at);
+        change(&mut self.rings[at]);
+        self.start_if_ready(at)
+    }
+
+    fn stop(&mut self, at: usize) {
+        let ring = &mut self.rings[at];
+        if ring.running {
+            ring.running = false;
+            ring.base = self.host.stop(at as u16).next_available();
+        }
+    }
+
+    fn stop_all(&mut self) {
+        for at in 0..self.rings.len() {
+            self.stop(at);
+        }
+    }
+
+    fn start_if_ready(&mut self, at: usize) -> Answer {
+        let ring = &mut self.rings[at];
+        // Without protocol features there is no message that enables.
+        let enabled = ring.enabled || self.features & PROTOCOL_FEATURES == 0;
+        let (Some(size), Some(address), Some(kick)) = (ring.size, ring.address, &ring.kick) else {
+            return Ok(());
+        };
+        if !enabled || ring.running {
+            return Ok(());
+        }
+        let index = at as u16;
+        let event_idx = self.features & RING_EVENT_IDX != 0;
+        let (_, memory) = self.shared.memory();
+        let split = SplitRing::new(&memory, address, size, ring.base, event_idx)
+            .ok_or_else(|| Refusal::RingAddress { index, address: format!("{address:x?}") })?;
+        let queue = VirtQueue::new(
+            index,
+            split,
+            self.features & RING_INDIRECT_DESC != 0,
+            self.shared.clone(),
+            ring.signals.clone(),
+            kick.clone(),
+        );
+        ring.running = true;
+        self.host.start(index, queue);
+        Ok(())
+    }
+
+    fn add_region(&mut self, region: &VhostUserMemoryRegion, file: &File) -> Answer {
+        let region = Region::map(region_address(region), file, region.mmap_offset)?;
+        let (_, memory) = self.shared.memory();
+        self.shared.set_memory(memory.with(region)?);
+        Ok(())
+    }
+
+    fn set_regions(&mut self, regions: &[VhostUserMemoryRegion], files: &[File]) -> Answer {
+        let map = |(region, file): (&VhostUserMemoryRegion, &File)| {
+            Region::map(region_address(region), file, region.mmap_offset)
+        };
+        let mapped: Result<Vec<_>, _> = regions.iter().zip(files).map(map).collect();
+        self.shared.set_memory(GuestMemory::new(mapped?)?);
+        Ok(())
+    }
+
+    fn set_accepted_features(&mut self, features: u64) -> Answer {
+        let unknown = features & !self.config().features();
+        if unknown != 0 {
+            return Err(Refusal::Features { features: unknown });
+        }
+        // Rings have parts of it built in.
+        let running: Vec<_> = (0..self.rings.len()).filter(|at| self.rings[*at].running).collect();
+        if features != self.features {
+            self.stop_all();
+        }
+        self.features = features;
+        self.shared.set_flush_negotiated(features & BLK_FLUSH != 0);
+        running.into_iter().try_for_each(|at| self.start_if_ready(at))
+    }
+
+    fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Answer {
+        let &[byte] = bytes else {
+            return Err(Refusal::ConfigWrite { offset, length: bytes.len() });
+        };
+        if !BlkConfig::is_write_cache(offset, bytes.len()) {
+            return Err(Refusal::ConfigWrite { offset, length: bytes.len() });
+        }
+        // A guest that did not negotiate it may write it all the same: to no effect.
+        if self.features & BLK_CONFIG_WCE != 0 {
+            self.config().set_write_cache(byte != 0);
+        }
+        Ok(())
+    }
+
+    /// Keeps a refusal for [`take_refusal`](Self::take_refusal).
+    fn answer<T>(&mut self, answer: Answer<T>) -> Result<T, Error> {
+        answer.map_err(|refusal| {
+            let text = refusal.to_string();
+            self.refusal = Some(refusal);
+            Error::ReqHandlerError(io::Error::other(text))
+        })
+    }
+
+    fn not_offered<T>(&mut self, what: &'static str) -> Result<T, Error> {
+        self.answer(Err(Refusal::NotOffered(what)))
+    }
+}
+
+impl Drop for Device<'_> {
+    fn drop(&mut self) {
+        self.stop_all();
+    }
+}
+
+fn region_address(region: &VhostUserMemoryRegion) -> RegionAddress {
+    let &VhostUserMemoryRegion { guest_phys_addr, user_addr, memory_size, .. } = region;
+    RegionAddress { guest: guest_phys_addr, user: user_addr, length: memory_size }
+}
+
+/// A kick descriptor that cannot block whoever empties it. The frontend only writes it.
+fn kick_doorbell(file: File) -> Doorbell {
+    let fd = OwnedFd::from(file);
+    if let Ok(flags) = rustix::fs::fcntl_getfl(&fd) {
+        let _ = rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK);
+    }
+    Doorbell::from_fd(fd)
+}
+
+impl VhostUserBackendReqHandlerMut for Device<'_> {
+    fn set_owner(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<(), Error> {
+        self.stop_all();
+        for ring in &mut self.rings {
+            *ring = Ring::default();
+        }
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64, Error> {
+        Ok(self.config().features())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), Error> {
+        let answer = self.set_accepted_features(features);
+        self.answer(answer)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures, Error> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), Error> {
+        let unknown = features & !self.get_protocol_features()?.bits();
+        let answer =
+            if unknown == 0 { Ok(()) } else { Err(Refusal::Features { features: unknown }) };
+        self.answer(answer)
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64, Error> {
+        Ok(self.config().queues().into())
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64, Error> {
+        Ok(MEMORY_SLOTS_MAX as u64)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<u64>>, Error> {
+        let answer = self.set_regions(regions, &files);
+        self.answer(answer).map(|()| None)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<u64>, Error> {
+        let answer = self.add_region(region, &file);
+        self.answer(answer).map(|()| None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<(), Error> {
+        let (_, memory) = self.shared.memory();
+        let answer = memory.without(region_address(region)).map_err(Refusal::from);
+        let memory = self.answer(answer)?;
+        self.shared.set_memory(memory);
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, index: u32, size: u32) -> Result<(), Error> {
+        let size_max = self.config().queue_size_max();
+        let answer = match u16::try_from(size) {
+            Ok(size) if size.is_power_of_two() && size <= size_max => {
+                self.change(index, |ring| ring.size = Some(size))
+            }
+            _ => Err(Refusal::RingSize { index, size, size_max }),
+        };
+        self.answer(answer)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptors: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<(), Error> {
+        let address = RingAddress { descriptors, available, used };
+        let answer = self.place(index).and_then(|at| {
+            if self.rings[at].address == Some(address) {
+                return Ok(());
+            }
+            self.change(index, |ring| ring.address = Some(address))
+        });
+        self.answer(answer)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<(), Error> {
+        let answer = match u16::try_from(base) {
+            Ok(base) => self.change(index, |ring| ring.base = base),
+            Err(_) => Err(Refusal::RingBase { index, base }),
+        };
+        self.answer(answer)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState, Error> {
+        let answer = self.place(index);
+        let at = self.answer(answer)?;
+        self.stop(at);
+        // A stopped ring needs a new kick descriptor to start.
+        self.rings[at].kick = None;
+        Ok(VhostUserVringState::new(index, self.rings[at].base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
+        let answer = match fd {
+            Some(file) => self.change(index.into(), |ring| ring.kick = Some(kick_doorbell(file))),
+            None => Err(Refusal::NoKick { index }),
+        };
+        self.answer(answer)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
+        let answer = self.place(index.into());
+        let at = self.answer(answer)?;
+        self.rings[at].signals.set_call(fd.map(OwnedFd::from));
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
+        let answer = self.place(index.into());
+        let at = self.answer(answer)?;
+        self.rings[at].signals.set_error(fd.map(OwnedFd::from));
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<(), Error> {
+        let answer = self.place(index).and_then(|at| {
+            self.rings[at].enabled = enable;
+            if enable {
+                self.start_if_ready(at)
+            } else {
+                self.stop(at);
+                Ok(())
+            }
+        });
+        self.answer(answer)
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>, Error> {
+        Ok(self.config().read_space(offset, size))
+    }
+
+    fn set_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> Result<(), Error> {
+        let answer = self.write_config(offset, bytes);
+        self.answer(answer)
+    }
+
+    fn reset_device(&mut self) -> Result<(), Error> {
+        self.not_offered("RESET_DEVICE")
+    }
+
+    fn set_gpu_socket(&mut self, _socket: GpuBackend) -> Result<(), Error> {
+        self.not_offered("GPU_SET_SOCKET")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File, Error> {
+        self.not_offered("SHARED_OBJECT")
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File), Error> {
+        self.not_offered("INFLIGHT_SHMFD")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<(), Error> {
+        self.not_offered("INFLIGHT_SHMFD")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>, Error> {
+        self.not_offered("DEVICE_STATE")
+    }
+
+    fn check_device_state(&mut self) -> Result<(), Error> {
+        self.not_offered("DEVICE_STATE")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig, Error> {
+        self.not_offered("SHMEM")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<(), Error> {
+        self.not_offered("LOG_SHMFD")
+    }
+}

@@ -1,0 +1,235 @@
+//! Where the guest's memory is mapped in this process.
+//!
+//! A table is immutable: a change makes a new one, which queues pick up when they next
+//! take requests. Requests in flight keep the mappings that they use.
+//!
+//! Guest-physical addresses stand in descriptors; the hypervisor's own virtual ("user")
+//! addresses say where the rings are. Guest-physical regions never overlap. User addresses
+//! may: a hypervisor may show one page at two places.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use upcall_ring::{Access, Buffers, Mapping};
+
+/// Most regions of a table.
+pub const MEMORY_SLOTS_MAX: usize = 256;
+
+/// `mmap` wants offsets in files to be multiples of it.
+const PAGE_SIZE: u64 = 4096;
+
+/// Why memory was not accepted. The hypervisor's fault.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the fields are the facts that the message names")]
+pub enum MemoryError {
+    /// An address or offset plus the size is past the end of all addresses, or it is empty.
+    #[error("no memory region: {0:x?}")]
+    NotARegion(RegionAddress),
+    /// It shares guest-physical addresses with another region.
+    #[error("{new:x?} overlaps {old:x?}")]
+    Overlap { new: RegionAddress, old: RegionAddress },
+    /// There are [`MEMORY_SLOTS_MAX`] already.
+    #[error("more than {MEMORY_SLOTS_MAX} memory regions")]
+    TooMany,
+    /// No region has exactly this address and size.
+    #[error("no such memory region to remove: {0:x?}")]
+    Unknown(RegionAddress),
+    /// The file cannot be mapped: too short, or not memory.
+    #[error("cannot map {address:x?}")]
+    Map { address: RegionAddress, source: std::io::Error },
+}
+
+/// Where a region is, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionAddress {
+    /// The first guest-physical address.
+    pub guest: u64,
+    /// The first address in the hypervisor's memory.
+    pub user: u64,
+    /// The size.
+    pub length: u64,
+}
+
+/// A region, mapped.
+#[derive(Clone)]
+pub struct Region {
+    address: RegionAddress,
+    mapping: Arc<Mapping>,
+    /// Where in `mapping` it begins.
+    skip: usize,
+}
+
+impl Region {
+    /// Maps the bytes of `file` from `file_offset` on. The file is as long as that already.
+    pub fn map(
+        address: RegionAddress,
+        file: impl AsFd,
+        file_offset: u64,
+    ) -> Result<Region, MemoryError> {
+        let RegionAddress { guest, user, length } = address;
+        let skip = file_offset % PAGE_SIZE;
+        let mapped_length = length.checked_add(skip);
+        if length == 0
+            || guest.checked_add(length).is_none()
+            || user.checked_add(length).is_none()
+            || mapped_length.is_none()
+        {
+            return Err(MemoryError::NotARegion(address));
+        }
+        let length =
+            usize::try_from(length + skip).map_err(|_| MemoryError::NotARegion(address))?;
+        let mapping = Mapping::new(file, file_offset - skip, length, Access::ReadWrite)
+            .map_err(|source| MemoryError::Map { address, source })?;
+        Ok(Region { address, mapping: Arc::new(mapping), skip: skip as usize })
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> RegionAddress {
+        self.address
+    }
+
+    /// What of `[at, at + length)` lies in it, if `at` does: offset in the mapping, bytes.
+    fn guest_part(&self, at: u64, length: u64) -> Option<(usize, usize)> {
+        let inside = at.checked_sub(self.address.guest)?;
+        let left = self.address.length.checked_sub(inside).filter(|left| *left > 0)?;
+        Some((self.skip + inside as usize, left.min(length) as usize))
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x?}", self.address)
+    }
+}
+
+/// A place in a mapping: `length` bytes that are known to be inside.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub mapping: Arc<Mapping>,
+    pub offset: usize,
+}
+
+/// All memory of a guest.
+#[derive(Clone, Debug, Default)]
+pub struct GuestMemory {
+    /// Sorted by guest-physical address.
+    regions: Vec<Region>,
+}
+
+impl GuestMemory {
+    /// The table of exactly these regions.
+    pub fn new(regions: impl IntoIterator<Item = Region>) -> Result<GuestMemory, MemoryError> {
+        regions.into_iter().try_fold(GuestMemory::default(), |memory, region| memory.with(region))
+    }
+
+    /// How many regions.
+    pub fn region_count(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// The table with one region more.
+    pub fn with(&self, region: Region) -> Result<GuestMemory, MemoryError> {
+        if self.regions.len() >= MEMORY_SLOTS_MAX {
+            return Err(MemoryError::TooMany);
+        }
+        let new = region.address;
+        let overlaps = |old: &&Region| {
+            let old = old.address;
+            new.guest < old.guest + old.length && old.guest < new.guest + new.length
+        };
+        if let Some(old) = self.regions.iter().find(overlaps) {
+            return Err(MemoryError::Overlap { new, old: old.address });
+        }
+        let mut regions = self.regions.clone();
+        let at = regions.partition_point(|old| old.address.guest < new.guest);
+        regions.insert(at, region);
+        Ok(GuestMemory { regions })
+    }
+
+    /// The table without the region that is exactly at `address`.
+    pub fn without(&self, address: RegionAddress) -> Result<GuestMemory, MemoryError> {
+        let mut regions = self.regions.clone();
+        match regions.iter().position(|region| region.address == address) {
+            Some(at) => {
+                regions.remove(at);
+                Ok(GuestMemory { regions })
+            }
+            None => Err(MemoryError::Unknown(address)),
+        }
+    }
+
+    /// The mapped pieces of `length` bytes at guest-physical `at`, in order: all of them,
+    /// or the last item is `None`.
+    fn pieces(
+        &self,
+        at: u64,
+        length: u64,
+    ) -> impl Iterator<Item = Option<(&Region, usize, usize)>> {
+        let (mut at, mut left) = (at, length);
+        let mut index = self.regions.partition_point(|region| region.address.guest <= at);
+        index = index.saturating_sub(1);
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let piece = self.regions.get(index).and_then(|region| {
+                let (offset, length) = region.guest_part(at, left)?;
+                Some((region, offset, length))
+            });
+            match piece {
+                Some((_, _, length)) => {
+                    // At the end of a region `at` may be past all addresses only if
+                    // nothing is left: regions end inside them.
+                    at = at.saturating_add(length as u64);
+                    left -= length as u64;
+                    index += 1;
+                }
+                None => left = 0,
+            }
+            Some(piece)
+        })
+    }
+
+    /// Adds `length` bytes at guest-physical `at` to `buffers`, across adjacent regions.
+    /// False if not all of them are memory; `buffers` is then of no use.
+    #[must_use]
+    pub fn push(&self, at: u64, length: u64, writable: bool, buffers: &mut Buffers) -> bool {
+        self.pieces(at, length).all(|piece| {
+            piece.is_some_and(|(region, offset, length)| {
+                buffers.push(&region.mapping, offset, length, writable)
+            })
+        })
+    }
+
+    /// Copies bytes at guest-physical `at` out, across adjacent regions; `None` if not all
+    /// of them are memory.
+    #[must_use]
+    pub fn read(&self, at: u64, into: &mut [u8]) -> Option<()> {
+        let mut done = 0;
+        for piece in self.pieces(at, into.len() as u64) {
+            let (region, offset, length) = piece?;
+            region.mapping.read(offset, &mut into[done..done + length])?;
+            done += length;
+        }
+        Some(())
+    }
+
+    /// The byte at guest-physical `at`.
+    pub(crate) fn byte(&self, at: u64) -> Option<Place> {
+        let (region, offset, _) = self.pieces(at, 1).next()??;
+        Some(Place { mapping: region.mapping.clone(), offset })
+    }
+
+    /// `length` bytes at the hypervisor's address `at`, all in one region.
+    pub(crate) fn user_range(&self, at: u64, length: u64) -> Option<Place> {
+        self.regions.iter().find_map(|region| {
+            let inside = at.checked_sub(region.address.user)?;
+            let end = inside.checked_add(length)?;
+            let offset = region.skip + usize::try_from(inside).ok()?;
+            (end <= region.address.length)
+                .then(|| Place { mapping: region.mapping.clone(), offset })
+        })
+    }
+}

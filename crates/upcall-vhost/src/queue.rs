@@ -1,0 +1,350 @@
+//! A virtqueue as a [`RequestQueue`].
+//!
+//! What is in flight is kept by head index in private memory: a head that is in flight is
+//! not taken again, and each is completed once. A guest that breaks the ring's rules loses
+//! the queue: nothing more is taken, its error descriptor is signalled, and what was taken
+//! before still completes.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+use upcall_block::{Errno, Op, QueueError, Request, RequestQueue, Status, Tag};
+use upcall_ring::Doorbell;
+
+use crate::chain::{Chain, ChainError};
+use crate::config::BlkConfig;
+use crate::memory::{GuestMemory, Place};
+use crate::request::{Body, NoStatus, Parsed, Parser};
+use crate::ring::{RingError, SplitRing};
+use crate::virtio::*;
+
+/// What all queues of a connection share with the thread that serves it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub config: Arc<BlkConfig>,
+    memory: Mutex<Arc<GuestMemory>>,
+    /// Counts the tables of memory, so that a queue sees cheaply that there is a new one.
+    memory_version: AtomicU64,
+    /// Whether the guest knows how to flush. If not, every write is durable.
+    flush_negotiated: AtomicBool,
+}
+
+impl Shared {
+    pub fn new(config: Arc<BlkConfig>) -> Arc<Shared> {
+        Arc::new(Shared {
+            config,
+            memory: Mutex::default(),
+            memory_version: AtomicU64::new(0),
+            flush_negotiated: AtomicBool::new(false),
+        })
+    }
+
+    /// The table and its version, or an older one with an older version.
+    pub fn memory(&self) -> (u64, Arc<GuestMemory>) {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        (self.memory_version.load(Ordering::Relaxed), memory.clone())
+    }
+
+    /// Replaces the table. Queues see it when they next take requests.
+    pub fn set_memory(&self, new: GuestMemory) {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        *memory = Arc::new(new);
+        // Release, so that who sees the version then sees the table (and locks for it).
+        self.memory_version.fetch_add(1, Ordering::Release);
+    }
+
+    pub fn set_flush_negotiated(&self, on: bool) {
+        self.flush_negotiated.store(on, Ordering::Relaxed);
+    }
+
+    /// Modifications are durable before they complete.
+    fn write_through(&self) -> bool {
+        !self.flush_negotiated.load(Ordering::Relaxed) || !self.config.write_cache()
+    }
+}
+
+/// The descriptors by which the frontend is told of completions and of errors. It may
+/// change them while the ring runs.
+#[derive(Debug, Default)]
+pub(crate) struct Signals {
+    call: Mutex<Option<Signal>>,
+    error: Mutex<Option<Signal>>,
+}
+
+impl Signals {
+    pub fn set_call(&self, fd: Option<OwnedFd>) {
+        *self.call.lock().unwrap_or_else(PoisonError::into_inner) = fd.map(Signal::new);
+    }
+
+    pub fn set_error(&self, fd: Option<OwnedFd>) {
+        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = fd.map(Signal::new);
+    }
+
+    fn ring(signal: &Mutex<Option<Signal>>) {
+        if let Some(signal) = &*signal.lock().unwrap_or_else(PoisonError::into_inner) {
+            signal.ring();
+        }
+    }
+}
+
+/// A descriptor of the frontend's. Ringing it must not block, whatever it is; and as it
+/// may be blocking because the frontend waits on it, we do not change that.
+#[derive(Debug)]
+struct Signal {
+    doorbell: Doorbell,
+    may_block: bool,
+}
+
+impl Signal {
+    fn new(fd: OwnedFd) -> Signal {
+        let flags = rustix::fs::fcntl_getfl(&fd);
+        let may_block = !flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
+        Signal { doorbell: Doorbell::from_fd(fd), may_block }
+    }
+
+    fn ring(&self) {
+        if !self.may_block || self.has_room() {
+            self.doorbell.ring();
+        }
+    }
+
+    /// A full eventfd or pipe has been rung already.
+    fn has_room(&self) -> bool {
+        let mut fds = [PollFd::new(&self.doorbell, PollFlags::OUT)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready == 1)
+            && fds[0].revents().contains(PollFlags::OUT)
+    }
+}
+
+/// What is known of a taken request until it completes.
+#[derive(Debug)]
+struct InFlight {
+    status: Place,
+    op: Op,
+    /// Bytes written to the guest's memory if it succeeds.
+    data_written: u32,
+}
+
+/// Why a queue takes nothing more. The guest's fault.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+enum Broken {
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    #[error(transparent)]
+    NoStatus(#[from] NoStatus),
+    #[error("descriptor {head} made available while it is in flight")]
+    InFlight { head: u16 },
+}
+
+/// A queue that has ended: proof that everything taken from it was completed. Only
+/// [`VirtQueue::finish`] makes it.
+#[derive(Debug)]
+pub struct Stopped {
+    next_available: u16,
+}
+
+impl Stopped {
+    /// Where the ring goes on when it is started again.
+    pub fn next_available(&self) -> u16 {
+        self.next_available
+    }
+}
+
+/// A running ring of a guest. Belongs to one thread at a time.
+#[derive(Debug)]
+pub struct VirtQueue {
+    index: u16,
+    ring: SplitRing,
+    indirect: bool,
+    shared: Arc<Shared>,
+    signals: Arc<Signals>,
+    kick: Doorbell,
+    memory: Arc<GuestMemory>,
+    memory_version: u64,
+    /// By head.
+    in_flight: Vec<Option<InFlight>>,
+    in_flight_count: u16,
+    broken: Option<Broken>,
+    chain: Chain,
+}
+
+impl VirtQueue {
+    pub(crate) fn new(
+        index: u16,
+        ring: SplitRing,
+        indirect: bool,
+        shared: Arc<Shared>,
+        signals: Arc<Signals>,
+        kick: Doorbell,
+    ) -> VirtQueue {
+        let (memory_version, memory) = shared.memory();
+        let in_flight = (0..ring.size()).map(|_| None).collect();
+        let mut queue = VirtQueue {
+            index,
+            ring,
+            indirect,
+            shared,
+            signals,
+            kick,
+            memory,
+            memory_version,
+            in_flight,
+            in_flight_count: 0,
+            broken: None,
+            chain: Chain::default(),
+        };
+        queue.ring.decline_doorbell();
+        queue
+    }
+
+    /// The number of the ring in its device, from 0.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Requests taken and not yet completed.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight_count.into()
+    }
+
+    /// Ends the queue's use: shows all completions, and leaves the ring so that it can be
+    /// started again. Panics if a request is in flight, which would be lost.
+    pub fn finish(mut self) -> Stopped {
+        assert_eq!(self.in_flight_count, 0, "queue {} ended with requests in flight", self.index);
+        self.publish();
+        if self.broken.is_none() {
+            // What comes after us may sleep. An error here is seen by whoever goes on.
+            let _ = self.ring.ask_for_doorbell();
+        }
+        Stopped { next_available: self.ring.next_available() }
+    }
+
+    fn break_with(&mut self, broken: Broken) -> QueueError {
+        self.broken = Some(broken);
+        Signals::ring(&self.signals.error);
+        self.error(broken)
+    }
+
+    fn error(&self, broken: Broken) -> QueueError {
+        QueueError { reason: format!("queue {}: {broken}", self.index) }
+    }
+
+    /// Looks whether the guest's memory has changed.
+    fn follow_memory(&mut self) -> Result<(), Broken> {
+        if self.shared.memory_version.load(Ordering::Acquire) == self.memory_version {
+            return Ok(());
+        }
+        (self.memory_version, self.memory) = self.shared.memory();
+        Ok(self.ring.rebind(&self.memory)?)
+    }
+
+    fn take_some(&mut self, max: usize, out: &mut Vec<Request>) -> Result<(), Broken> {
+        self.follow_memory()?;
+        let mut available = self.ring.available()?;
+        let room = out.len().saturating_add(max);
+        while available > 0 && out.len() < room {
+            available -= 1;
+            out.extend(self.take_one()?);
+        }
+        Ok(())
+    }
+
+    /// Takes the next chain. `None`: it was answered at once.
+    fn take_one(&mut self) -> Result<Option<Request>, Broken> {
+        let head = self.ring.take_head()?;
+        if self.in_flight[usize::from(head)].is_some() {
+            return Err(Broken::InFlight { head });
+        }
+        self.chain.read(&self.ring, &self.memory, head, self.indirect)?;
+        let parser = Parser {
+            config: &self.shared.config,
+            memory: &self.memory,
+            write_through: self.shared.write_through(),
+        };
+        let Parsed { status, body } = parser.parse(&self.chain)?;
+        match body {
+            Body::Answer { status: code, written } => {
+                self.put(head, &status, code, written);
+                Ok(None)
+            }
+            Body::Request { op, range, flags, data } => {
+                let data_written = if op == Op::Read { range.length() } else { 0 };
+                let flight = InFlight { status, op, data_written };
+                self.in_flight[usize::from(head)] = Some(flight);
+                self.in_flight_count += 1;
+                Ok(Some(Request { tag: Tag(head.into()), op, range, flags, data }))
+            }
+        }
+    }
+
+    /// Writes the status, then the used entry that counts it and the data before it.
+    fn put(&mut self, head: u16, status: &Place, code: u8, written: u32) {
+        // The place was found in a writable mapping, which `status` keeps.
+        let stored = status.mapping.write(status.offset, &[code]);
+        debug_assert!(stored.is_some());
+        self.ring.put_used(head, written + 1);
+    }
+}
+
+/// The status byte that says how a request ended.
+fn status_byte(op: Op, status: Status) -> u8 {
+    match status {
+        Ok(()) => S_OK,
+        Err(Errno::EOPNOTSUPP) if !op.has_data() => S_UNSUPP,
+        Err(_) => S_IOERR,
+    }
+}
+
+impl RequestQueue for VirtQueue {
+    fn take(&mut self, max: usize, out: &mut Vec<Request>) -> Result<(), QueueError> {
+        if let Some(broken) = self.broken {
+            return Err(self.error(broken));
+        }
+        let result = self.take_some(max, out);
+        // What was answered at once may be all that the guest waits for.
+        self.publish();
+        result.map_err(|broken| self.break_with(broken))
+    }
+
+    /// Panics if `tag` is not in flight.
+    fn complete(&mut self, tag: Tag, status: Status) {
+        let flight = self.in_flight.get_mut(tag.0 as usize).and_then(Option::take);
+        let Some(InFlight { status: place, op, data_written }) = flight else {
+            panic!("queue {}: completion of {tag:?}, which is not in flight", self.index);
+        };
+        self.in_flight_count -= 1;
+        let written = if status.is_ok() { data_written } else { 0 };
+        self.put(tag.0 as u16, &place, status_byte(op, status), written);
+    }
+
+    fn publish(&mut self) {
+        if self.ring.publish() {
+            Signals::ring(&self.signals.call);
+        }
+    }
+
+    fn doorbell(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.kick.as_fd())
+    }
+
+    fn before_sleep(&mut self) -> bool {
+        if self.broken.is_some() {
+            return true;
+        }
+        // An error counts as an arrival: the next `take` reports it.
+        self.ring.ask_for_doorbell().is_ok_and(|count| count == 0)
+    }
+
+    fn after_sleep(&mut self) {
+        self.kick.clear();
+        if self.broken.is_none() {
+            self.ring.decline_doorbell();
+        }
+    }
+}
