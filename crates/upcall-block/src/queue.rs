@@ -1,5 +1,6 @@
 //! Where requests come from.
 
+use std::any::Any;
 use std::fmt;
 use std::os::fd::BorrowedFd;
 
@@ -52,8 +53,9 @@ impl fmt::Display for QueueError {
 
 impl std::error::Error for QueueError {}
 
-/// One queue of a frontend, driven by one thread of the worker.
-pub trait RequestQueue: Send {
+/// One queue of a frontend, driven by one thread of the worker. `Any`, so that who gave it to
+/// the worker as a trait object can have it back as what it is.
+pub trait RequestQueue: Send + Any {
     /// Appends requests that have arrived, `max` at the most. Requests that end without
     /// the worker (malformed, get-id) are completed inside. After an error the queue
     /// takes nothing more, but what it handed out is still completed.

@@ -47,7 +47,10 @@ pub struct DiskConfig {
     pub store: StoreConfig,
     /// Refuse writes.
     pub read_only: bool,
-    /// Who is served. None: nobody; the disk is there for filters that are granted it.
+    /// Queues, 1 to 64; each has a thread of its own. 0: the disk is only there for filters
+    /// that are granted it, and has neither a frontend nor a chain.
+    pub queues: u16,
+    /// Who is served. None: whoever holds the worker, by [`Worker::start_queue`](crate::Worker::start_queue).
     pub frontend: Option<FrontendConfig>,
     /// Its filters, in any order: class and number decide.
     pub chain: Vec<SlotConfig>,
@@ -80,8 +83,6 @@ pub enum StoreConfig {
 pub struct FrontendConfig {
     /// Where QEMU connects.
     pub socket: SocketSource,
-    /// Queues offered, 1 to 64; each has a thread of its own.
-    pub queues: u16,
     /// Largest ring a guest may set up; a power of two, 2 to 1024.
     pub queue_size: u16,
     /// What the guest's get-id says; at most 20 bytes.

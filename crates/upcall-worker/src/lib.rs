@@ -1,1 +1,23 @@
-//! The worker: joins frontends, chains, filter hosts and stores in queue threads
+//! The worker: the disks of one VM, served.
+//!
+//! It joins what other crates do: frontends hand requests to queue threads
+//! (`engine`), which walk them through the chain's filters and the stores. One thread for
+//! each queue owns a request from its arrival to its completion; one thread for each
+//! frontend speaks its protocol; one watches the filter hosts (`hosts`).
+//!
+//! Control-plane logic (where a configuration comes from, how it is shown) is not here.
+#![forbid(unsafe_code)]
+
+mod config;
+mod engine;
+mod error;
+mod frontend;
+mod hosts;
+mod worker;
+
+pub use config::{
+    DiskConfig, Engine, FrontendConfig, LogLevel, LogSink, Placement, SlotConfig, SocketSource,
+    StoreConfig, WorkerConfig,
+};
+pub use error::StartError;
+pub use worker::{DiskSummary, ExitReport, Worker};

@@ -1,0 +1,114 @@
+//! Why a worker does not start.
+
+use std::io;
+use std::path::PathBuf;
+
+use upcall_chain::ChainError;
+use upcall_filterhost::{FilterError, ParamError};
+use upcall_store::OpenError;
+use upcall_vhost::{ConfigError, ListenError};
+
+/// Why a worker does not start. Nothing of it is left behind.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// There is nothing to serve. Name at least one disk.
+    #[error("no disk to serve: name at least one")]
+    NoDisks,
+    /// Two disks have one name, and messages and grants could mean either.
+    #[error("two disks are called {0:?}: give each disk a name of its own")]
+    DuplicateDisk(String),
+    /// A name that is empty, too long, or would not be readable in messages.
+    #[error("{0:?} is no name for a disk: use 1 to 47 letters, digits, '-', '_' and '.'")]
+    DiskName(String),
+    /// Queues out of range.
+    #[error("disk {disk}: {queues} queues are not possible: use 1 to 64")]
+    Queues {
+        /// Which disk.
+        disk: String,
+        /// How many were asked for.
+        queues: u16,
+    },
+    /// The store cannot be opened.
+    #[error("disk {disk}: {source}")]
+    Store {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: OpenError,
+    },
+    /// A store's thread cannot start.
+    #[error("disk {disk}: cannot {what}: {source}")]
+    System {
+        /// Which disk.
+        disk: String,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The device that was asked for is not possible.
+    #[error("disk {disk}: {source}")]
+    Device {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: ConfigError,
+    },
+    /// The socket cannot be listened on.
+    #[error("disk {disk}: {source}")]
+    Listen {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: ListenError,
+    },
+    /// A filter cannot be used.
+    #[error("disk {disk}: {source}")]
+    Filter {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: FilterError,
+    },
+    /// A filter's parameters are wrong.
+    #[error("disk {disk}: {source}")]
+    Param {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: ParamError,
+    },
+    /// The filters cannot stand together, or not above this store.
+    #[error("disk {disk}: filter {filter}: {source}")]
+    Chain {
+        /// Which disk.
+        disk: String,
+        /// Which filter.
+        filter: String,
+        /// Why.
+        source: ChainError,
+    },
+    /// A filter is granted what cannot be granted.
+    #[error("disk {disk}: filter {filter} cannot be granted disk {granted:?}: {why}")]
+    Grant {
+        /// Which disk.
+        disk: String,
+        /// Which filter.
+        filter: String,
+        /// Which disk it should get.
+        granted: String,
+        /// Why not.
+        why: &'static str,
+    },
+    /// The page of counters cannot be made.
+    #[error(
+        "cannot make the page of counters {path}: {source}; name another place, or free some room there"
+    )]
+    Stats {
+        /// Where.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
