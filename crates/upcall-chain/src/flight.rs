@@ -170,7 +170,6 @@ impl Flight {
     /// The filter of `slot` answered, on either way.
     pub fn handle_verdict(&mut self, chain: &Chain, slot: SlotIndex, verdict: Verdict) -> Step {
         debug_assert_eq!(chain.generation(), self.generation, "a flight changed its chain");
-        let goes_down = self.place == Place::Down(slot);
         if self.has_ended() {
             return Step::ignored(Violation::Ended);
         }
@@ -180,22 +179,19 @@ impl Flight {
         if let Some(violation) = self.violation_of(chain, slot, verdict) {
             return Step { action: self.fail(Errno::EIO), violation: Some(violation) };
         }
-        if verdict == Verdict::Hold {
-            self.held = true;
-            return Step::to(if self.cancelled { Action::Cancel { slot } } else { Action::Wait });
-        }
+        let goes_down = self.place == Place::Down(slot);
         if goes_down && verdict == Verdict::Watch {
             self.watching.insert(slot);
         }
-        if self.cancelled {
-            return Step::to(self.go_up());
-        }
         Step::to(match verdict {
+            Verdict::Hold => self.hold(slot),
+            _ if self.cancelled => self.go_up(),
             Verdict::Pass(_) | Verdict::Watch if goes_down => self.go_down(),
             Verdict::Pass(status) => self.go_up_with(status),
-            Verdict::Fail(errno) => self.go_up_with(Err(errno)),
             Verdict::Done => self.go_up_with(Ok(())),
-            Verdict::Watch | Verdict::Hold | Verdict::Nonsense => self.fail(Errno::EIO),
+            Verdict::Fail(errno) => self.go_up_with(Err(errno)),
+            // Violations, which have failed the request above.
+            Verdict::Watch | Verdict::Nonsense => self.fail(Errno::EIO),
         })
     }
 
@@ -226,15 +222,14 @@ impl Flight {
         })
     }
 
-    /// The host of `slot` is gone, and no other takes its place. To be called for flights
-    /// that wait on the slot, and later whenever an action names it. Changes nothing for a
-    /// flight that does not wait on it.
+    /// The host of `slot` is gone, or was killed because its deadline passed, and no other
+    /// takes its place. To be called for flights that wait on the slot, and later whenever
+    /// an action names it. Changes nothing for a flight that does not wait on it.
     pub fn handle_lost(&mut self, slot: SlotIndex) -> Step {
-        match self.place {
-            Place::Ended => Step::ignored(Violation::Ended),
-            _ if self.is_waiting_on(slot) => Step::to(self.fail(Errno::EIO)),
-            _ => Step::to(Action::Wait),
+        if self.has_ended() {
+            return Step::ignored(Violation::Ended);
         }
+        Step::to(if self.is_waiting_on(slot) { self.fail(Errno::EIO) } else { Action::Wait })
     }
 
     /// The host of `slot` is gone, and a new instance has taken its place: the action gives
@@ -242,14 +237,17 @@ impl Flight {
     /// request is not asked again, only told. Changes nothing for a flight that does not
     /// wait on the slot.
     pub fn handle_restart(&mut self, slot: SlotIndex) -> Step {
-        let waits = self.is_waiting_on(slot);
-        self.held &= !waits;
+        if self.has_ended() {
+            return Step::ignored(Violation::Ended);
+        }
+        if !self.is_waiting_on(slot) {
+            return Step::to(Action::Wait);
+        }
+        self.held = false;
         Step::to(match self.place {
-            Place::Ended => return Step::ignored(Violation::Ended),
-            Place::Down(_) if waits && self.cancelled => self.go_up(),
-            Place::Down(_) if waits => Action::Start { slot },
-            Place::Up(_) if waits => Action::Done { slot, status: self.status },
-            _ => Action::Wait,
+            Place::Up(_) => Action::Done { slot, status: self.status },
+            _ if self.cancelled => self.go_up(),
+            _ => Action::Start { slot },
         })
     }
 
@@ -267,6 +265,11 @@ impl Flight {
             Verdict::Watch if !goes_down => Some(Violation::WatchOnWayUp { slot }),
             _ => None,
         }
+    }
+
+    fn hold(&mut self, slot: SlotIndex) -> Action {
+        self.held = true;
+        if self.cancelled { Action::Cancel { slot } } else { Action::Wait }
     }
 
     fn go_down(&mut self) -> Action {

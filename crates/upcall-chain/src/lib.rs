@@ -44,6 +44,9 @@
 //!   disk when it makes a file system: that would fill a thin image.
 //! * **flush**: passes by. It carries no data and changes none; only a filter that
 //!   *answers* what changes the disk owes durability, and must handle flush.
+//!
+//! A filter that does handle write-zeroes or discard sees to it itself that the range
+//! reads as zeroes above it (rule 8), as it does for what a read gives after a write.
 #![forbid(unsafe_code)]
 
 mod chain;

@@ -44,9 +44,9 @@ impl Verdict {
     }
 }
 
-/// An event that broke the rules. The first four are a filter's doing: its request fails
-/// with EIO, and the worker counts it against the filter's host. After the others, nothing
-/// has changed: a filter answered what it was not asked, or our own code has a bug.
+/// An event that broke the rules. A verdict that the filter may not give has failed its
+/// request with EIO; any other event has changed nothing. What names a slot is counted
+/// against that filter's host; the rest is a bug of our own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Violation {

@@ -12,9 +12,11 @@
 //! UPCALL_SEED=<seed> cargo test -p upcall-chain --test model
 //! ```
 //!
-//! plays that world alone. Each run plays the same 4000 worlds and 4000 that no run has
+//! plays that world alone. Each run plays the same 10,000 worlds and 10,000 that no run has
 //! seen before.
 
+mod filters;
+mod player;
 mod random;
 mod reference;
 mod script;
@@ -51,8 +53,8 @@ fn every_flight_of_every_world_walks_as_the_reference_says_and_ends_once() {
     }
     let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970");
     let fresh = clock.as_nanos() as u64;
-    println!("seeds 0 to 3999 and {fresh} to {}", fresh + 3999);
-    for seed in (0..4000).chain(fresh..fresh + 4000) {
+    println!("seeds 0 to 9999 and {fresh} to {}", fresh + 9999);
+    for seed in (0..10_000).chain(fresh..fresh + 10_000) {
         play(seed, &mut tally);
     }
     println!("{tally:?}");

@@ -2,7 +2,7 @@
 //! properties as searches through the list of its filters. Slow, and without any of the
 //! sets, places and flags of the real thing.
 
-use upcall_block::{DiskInfo, Errno, Op, OpSet, Status};
+use upcall_block::{DiskInfo, Errno, Op, Status};
 use upcall_chain::{Route, SlotSpec, Verdict};
 
 use crate::script::{Event, Script};
@@ -68,17 +68,16 @@ pub fn needs_arena(slots: &[SlotSpec], op: Op) -> bool {
     })
 }
 
-/// What a request shows that enters above slot `first`.
-pub fn walk(slots: &[SlotSpec], op: Op, first: usize, script: &Script) -> Vec<Seen> {
-    let mut walk = Walk { slots, op, script, cancelled: false, seen: Vec::new() };
-    let status = walk.descend(first);
+/// What a request shows in a chain of `slots`.
+pub fn walk(slots: &[SlotSpec], script: &Script) -> Vec<Seen> {
+    let mut walk = Walk { slots, script, cancelled: false, seen: Vec::new() };
+    let status = walk.descend(script.first);
     walk.seen.push(Seen::Complete(status));
     walk.seen
 }
 
 struct Walk<'a> {
     slots: &'a [SlotSpec],
-    op: Op,
     script: &'a Script,
     cancelled: bool,
     seen: Vec<Seen>,
@@ -98,7 +97,7 @@ impl Walk<'_> {
     /// From above slot `index` to the store and back; the status that is seen above it.
     fn descend(&mut self, index: usize) -> Status {
         let Some(spec) = self.slots.get(index) else { return self.visit_store() };
-        if !spec.ops.contains(self.op) {
+        if !spec.ops.contains(self.script.op) {
             return self.descend(index + 1);
         }
         let outcome = self.visit(index, None);
@@ -190,35 +189,9 @@ impl Walk<'_> {
         match verdict {
             Verdict::Hold | Verdict::Nonsense => false,
             _ if self.cancelled => true,
-            Verdict::Done => !down || self.slots[index].answers.contains(self.op),
+            Verdict::Done => !down || self.slots[index].answers.contains(self.script.op),
             Verdict::Watch => down,
             Verdict::Pass(_) | Verdict::Fail(_) => true,
         }
-    }
-}
-
-/// A random declaration; mostly sound, not always.
-pub fn random_spec(random: &mut crate::random::Random) -> SlotSpec {
-    let subset = |random: &mut crate::random::Random, of: OpSet, chance| {
-        of.iter().filter(|_| random.percent(chance)).collect::<OpSet>()
-    };
-    let data = OpSet::NONE.with(Op::Read).with(Op::Write);
-    let mut ops = subset(random, OpSet::ALL, 75);
-    let decides = random.percent(50);
-    if decides && !random.percent(2) {
-        ops = ops.union(data);
-    }
-    let mut answers = if decides { subset(random, ops, 40) } else { OpSet::NONE };
-    if !ops.contains(Op::Flush) && !random.percent(2) {
-        answers = answers.intersection(OpSet::NONE.with(Op::Read));
-    }
-    let touched = if random.percent(2) { OpSet::ALL } else { ops.intersection(data) };
-    SlotSpec {
-        class: random.pick(&upcall_chain::Class::ALL),
-        order: random.pick(&[i32::MIN, -1, 0, 0, 1, i32::MAX]),
-        sees: subset(random, touched, 40),
-        changes: if decides { subset(random, touched, 40) } else { OpSet::NONE },
-        answers,
-        ops,
     }
 }

@@ -5,7 +5,7 @@
 //! list of events, fed in order until the flight moves on; what is left is dropped. The
 //! last event of a list moves it on in any case.
 
-use upcall_block::{Errno, Status};
+use upcall_block::{Errno, Op, Status};
 use upcall_chain::Verdict;
 
 use crate::random::Random;
@@ -24,9 +24,12 @@ pub enum Event {
     Restart,
 }
 
-/// The scripts of a request's stops.
+/// A request, and the events of its stops.
 #[derive(Clone, Debug)]
 pub struct Script {
+    pub op: Op,
+    /// The first slot below the entry.
+    pub first: usize,
     pub down: Vec<Vec<Event>>,
     pub store: Vec<Event>,
     pub up: Vec<Vec<Event>>,
@@ -56,7 +59,7 @@ impl Mood {
 }
 
 impl Script {
-    pub fn random(random: &mut Random, slots: usize, mood: Mood) -> Script {
+    pub fn random(random: &mut Random, op: Op, first: usize, slots: usize, mood: Mood) -> Script {
         let down = (0..slots).map(|_| at_slot(random, mood, true)).collect();
         let up = (0..slots).map(|_| at_slot(random, mood, false)).collect();
         let mut store = Vec::new();
@@ -64,7 +67,7 @@ impl Script {
             store.push(Event::Cancel);
         }
         store.push(Event::Stores(status(random, mood)));
-        Script { down, store, up }
+        Script { op, first, down, store, up }
     }
 }
 

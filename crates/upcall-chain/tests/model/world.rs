@@ -3,15 +3,16 @@
 //! Here the promises are checked that hold whatever the reference says: see
 //! [`World::check_promises`].
 
-use std::collections::VecDeque;
 use std::num::NonZeroU32;
 
-use upcall_block::{DiskInfo, Errno, Op, OpSet, Range, Status};
+use upcall_block::{DiskInfo, Errno, Op, Range, Status};
 use upcall_chain::{
-    Action, Chain, Chunks, Entry, Flight, Generation, Join, Route, SlotIndex, SlotSpec, Step,
-    Verdict, Violation,
+    Action, Chain, Chunks, Entry, Flight, Generation, Join, Route, SlotSpec, Step, Verdict,
+    Violation,
 };
 
+use crate::filters;
+use crate::player::{Player, Stop, slot};
 use crate::random::Random;
 use crate::reference::{self, Seen};
 use crate::script::{Event, Mood, Script};
@@ -49,7 +50,7 @@ impl Tally {
             ("strays", self.strays),
         ];
         for (what, count) in counts {
-            assert!(count >= 500, "only {count} {what} in all worlds");
+            assert!(count >= 1000, "only {count} {what} in all worlds");
         }
     }
 }
@@ -61,27 +62,6 @@ struct Request {
     parts: Vec<Status>,
     parts_expected: usize,
     completed: Option<Status>,
-}
-
-struct Player {
-    flight: Flight,
-    op: Op,
-    /// The slot below which it entered, plus one.
-    first: usize,
-    script: Script,
-    stop: Stop,
-    /// Left of the script of `stop`.
-    events: VecDeque<Event>,
-    seen: Vec<Seen>,
-    request: usize,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Stop {
-    Down(usize),
-    Store,
-    Up(usize),
-    Ended,
 }
 
 struct World<'a> {
@@ -99,10 +79,10 @@ struct World<'a> {
 pub fn play(seed: u64, tally: &mut Tally) {
     let mut random = Random::new(seed);
     let count = random.below(9);
-    let given: Vec<SlotSpec> = (0..count).map(|_| reference::random_spec(&mut random)).collect();
+    let given: Vec<SlotSpec> = (0..count).map(|_| filters::random_spec(&mut random)).collect();
     let sound: Vec<SlotSpec> =
         given.iter().filter(|spec| reference::is_sound(spec)).cloned().collect();
-    let store = random_store(&mut random);
+    let store = filters::random_store(&mut random);
     for spec in &given {
         assert_eq!(spec.check().is_ok(), reference::is_sound(spec), "{spec:?}");
     }
@@ -124,22 +104,6 @@ pub fn play(seed: u64, tally: &mut Tally) {
         world.request(Entry::Top);
     }
     world.play_to_the_end();
-}
-
-fn random_store(random: &mut Random) -> DiskInfo {
-    let less = OpSet::ALL.without(random.pick(&Op::ALL));
-    DiskInfo {
-        capacity: 1 << 30,
-        block_size: 512,
-        physical_block_size: 4096,
-        read_only: random.percent(10),
-        ops: if random.percent(20) { less } else { OpSet::ALL },
-        discard_granularity: 4096,
-    }
-}
-
-fn slot(index: usize) -> SlotIndex {
-    SlotIndex::new(index).expect("a slot")
 }
 
 fn first_below(entry: Entry) -> usize {
@@ -197,20 +161,9 @@ impl World<'_> {
             completed: None,
         });
         for _ in 0..parts {
-            let (flight, action) = Flight::new(&self.chain, op, entry);
-            let script = Script::random(&mut self.random, self.slots.len(), self.mood);
-            let mut player = Player {
-                flight,
-                op,
-                first: first_below(entry),
-                script,
-                stop: Stop::Ended,
-                events: VecDeque::new(),
-                seen: Vec::new(),
-                request,
-            };
-            player.take(Step { action, violation: None }, None);
-            self.players.push(player);
+            let (first, slots) = (first_below(entry), self.slots.len());
+            let script = Script::random(&mut self.random, op, first, slots, self.mood);
+            self.players.push(Player::new(&self.chain, entry, script, request));
         }
     }
 
@@ -247,24 +200,20 @@ impl World<'_> {
 
     /// The next event of a flight; now and then the filter that has it issues a request.
     fn step(&mut self, number: usize) {
-        let player = &mut self.players[number];
-        if let Stop::Down(index) | Stop::Up(index) = player.stop
+        if let Some(issuer) = self.players[number].is_at()
             && self.players.len() < 16
             && self.random.percent(10)
         {
             self.tally.issued += 1;
-            self.request(Entry::Below(slot(index)));
+            self.request(Entry::Below(issuer));
         }
-        let player = &mut self.players[number];
-        let event = player.events.pop_front().expect("the last event moves a flight on");
-        let step = player.feed(&self.chain, event);
-        player.take(step, Some(event));
+        let event = self.players[number].play(&self.chain);
         match event {
             Event::Lost => self.tally.lost += 1,
             Event::Restart => self.tally.restarts += 1,
             _ => {}
         }
-        if player.stop == Stop::Ended {
+        if self.players[number].stop == Stop::Ended {
             self.end(number);
         }
     }
@@ -298,12 +247,8 @@ impl World<'_> {
     fn end(&mut self, number: usize) {
         self.tally.flights += 1;
         let player = &mut self.players[number];
-        let expected = reference::walk(&self.slots, player.op, player.first, &player.script);
-        assert_eq!(
-            player.seen, expected,
-            "{} from {} through {:#?}, {:#?}",
-            player.op, player.first, self.slots, player.script
-        );
+        let expected = reference::walk(&self.slots, &player.script);
+        assert_eq!(player.seen, expected, "through {:#?} by {:#?}", self.slots, player.script);
         let Some(Seen::Complete(status)) = player.seen.last().copied() else {
             panic!("an end without completion")
         };
@@ -357,11 +302,13 @@ impl World<'_> {
         }
         assert!(asked.is_sorted_by(|a, b| a < b), "down the chain, each once: {seen:?}");
         assert!(told.is_sorted_by(|a, b| a > b), "up the chain, each once: {seen:?}");
-        assert!(asked.iter().all(|index| *index >= player.first), "not the issuer: {seen:?}");
+        assert!(
+            asked.iter().all(|index| *index >= player.script.first),
+            "not the issuer: {seen:?}"
+        );
         assert!(told.iter().all(|index| asked.contains(index)), "told without asked: {seen:?}");
-        let by_class =
-            |a: &usize, b: &usize| self.slots[*a].class as u32 <= self.slots[*b].class as u32;
-        assert!(asked.is_sorted_by(by_class), "by class: {seen:?}");
+        let place_of = |index: &usize| (self.slots[*index].class as u32, self.slots[*index].order);
+        assert!(asked.is_sorted_by_key(place_of), "by class and number: {seen:?}");
 
         let first_up = place(|seen| matches!(seen, Seen::Done(..) | Seen::Complete(_)));
         let last_down = seen.iter().rposition(|seen| matches!(seen, Seen::Start(_) | Seen::Store));
@@ -373,83 +320,6 @@ impl World<'_> {
         }
         let completions = seen.iter().filter(|seen| matches!(seen, Seen::Complete(_))).count();
         assert_eq!(completions, 1, "it ends once: {seen:?}");
-    }
-}
-
-impl Player {
-    fn feed(&mut self, chain: &Chain, event: Event) -> Step {
-        let here = match self.stop {
-            Stop::Down(index) | Stop::Up(index) => slot(index),
-            Stop::Store => slot(0),
-            Stop::Ended => panic!("an event after the end"),
-        };
-        match event {
-            Event::Says(verdict) => self.flight.handle_verdict(chain, here, verdict),
-            Event::Stores(status) => self.flight.handle_store(status),
-            Event::Cancel => self.flight.handle_cancel(),
-            Event::Lost => self.flight.handle_lost(here),
-            Event::Restart => self.flight.handle_restart(here),
-        }
-    }
-
-    /// Writes down what a step shows, and goes where it leads.
-    fn take(&mut self, step: Step, event: Option<Event>) {
-        if step.violation.is_some() {
-            let (Stop::Down(index) | Stop::Up(index)) = self.stop else {
-                panic!("a violation of nobody: {step:?}")
-            };
-            self.seen.push(Seen::Violation(index));
-        }
-        let before = self.stop;
-        match step.action {
-            Action::Start { slot } => {
-                self.seen.push(Seen::Start(slot.index()));
-                self.stop = Stop::Down(slot.index());
-            }
-            Action::Done { slot, status } => {
-                self.seen.push(Seen::Done(slot.index(), status));
-                self.stop = Stop::Up(slot.index());
-            }
-            Action::Store => {
-                self.seen.push(Seen::Store);
-                self.stop = Stop::Store;
-            }
-            Action::Complete(status) => {
-                self.seen.push(Seen::Complete(status));
-                self.stop = Stop::Ended;
-            }
-            Action::Cancel { slot } => self.seen.push(Seen::Cancel(slot.index())),
-            Action::Wait => {}
-        }
-        self.check_questions();
-        if event == Some(Event::Restart) && self.stop == before {
-            return; // the same delivery, to a new instance
-        }
-        if self.stop != before {
-            let events: &[Event] = match self.stop {
-                Stop::Down(index) => &self.script.down[index],
-                Stop::Up(index) => &self.script.up[index],
-                Stop::Store => &self.script.store,
-                Stop::Ended => &[],
-            };
-            self.events = events.iter().copied().collect();
-        }
-    }
-
-    /// What the flight says about itself is where it was sent.
-    fn check_questions(&self) {
-        let waiting_on = match self.stop {
-            Stop::Down(index) | Stop::Up(index) => Some(slot(index)),
-            Stop::Store | Stop::Ended => None,
-        };
-        assert_eq!(self.flight.waiting_on(), waiting_on);
-        assert_eq!(self.flight.has_ended(), self.stop == Stop::Ended);
-        assert_eq!(self.flight.op(), self.op);
-    }
-
-    fn restarts(&self) -> bool {
-        let stops = self.script.down.iter().chain(&self.script.up);
-        stops.flatten().any(|event| *event == Event::Restart)
     }
 }
 
