@@ -5,19 +5,34 @@
 //! the two engines ([`uring`], [`threads`]) only carry it out. Flushes of all queues go
 //! through one [`flusher`], which alone decides that a store has failed.
 
+mod aligned;
+mod flusher;
+mod inbox;
+mod job;
 mod lock;
+mod shared;
 mod target;
+mod threads;
+mod uring;
 
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FileType;
 use upcall_block::{DiskInfo, Status, Store, StoreQueue};
 
 use crate::OpenError;
+use crate::raw::flusher::Flusher;
+use crate::raw::shared::Shared;
+use crate::raw::target::Target;
+use crate::raw::threads::ThreadsQueue;
+use crate::raw::uring::UringQueue;
 
 /// Called once, with what happened, when a store's flush fails; from any thread, and it must
 /// not block for long. See [`RawStore::failure`].
@@ -66,6 +81,10 @@ impl RawOptions {
             on_failure: None,
         }
     }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
 }
 
 impl fmt::Debug for RawOptions {
@@ -82,47 +101,170 @@ impl fmt::Debug for RawOptions {
 
 /// An opened raw image.
 pub struct RawStore {
-    info: DiskInfo,
+    shared: Arc<Shared>,
+    flusher: Arc<Flusher>,
+    options: RawOptions,
+    /// Why threads do the work although io_uring would have been better.
+    no_uring: Mutex<Option<String>>,
 }
 
 impl RawStore {
     /// Opens the image at `options.path`.
     pub fn open(options: RawOptions) -> Result<RawStore, OpenError> {
-        not_yet(options)
+        let name = options.name();
+        let access = if options.read_only { "reading" } else { "reading and writing" };
+        let refused = |error: io::Error| match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => OpenError::Missing { name: name.clone() },
+            Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
+                OpenError::Permission { name: name.clone(), access }
+            }
+            Some(libc::EBUSY) => OpenError::Busy {
+                name: name.clone(),
+                holder: "the system (mounted, or part of another device)".to_owned(),
+                read_only: options.read_only,
+            },
+            _ => OpenError::System { name: name.clone(), action: "open it", source: error },
+        };
+        // Looked at before it is opened: opening a pipe may block, a tape may move.
+        let stat = rustix::fs::stat(&options.path).map_err(|error| refused(error.into()))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if let Some(kind) = target::not_a_disk(kind) {
+            return Err(OpenError::NotADisk { name, kind });
+        }
+        // On a device, O_EXCL keeps out of mounted ones.
+        let is_claimed = kind == FileType::BlockDevice && options.lock && !options.read_only;
+        let file = File::options()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(libc::O_NONBLOCK | if is_claimed { libc::O_EXCL } else { 0 })
+            .open(&options.path)
+            .map_err(refused)?;
+        RawStore::from_file(file, options)
     }
 
     /// Uses an image that somebody else opened. The open file description is taken over:
-    /// its O_DIRECT and O_APPEND flags are set as this store needs them, and the image lock
-    /// is taken on it (which succeeds if whoever passed it holds the lock through it).
+    /// its O_DIRECT, O_APPEND and O_NONBLOCK flags are set as this store needs them, and the
+    /// image lock is taken on it (which succeeds if whoever passed it holds the lock through
+    /// it).
     pub fn from_file(file: File, options: RawOptions) -> Result<RawStore, OpenError> {
-        let _ = file;
-        not_yet(options)
+        let name = options.name();
+        let target = Target::of(&file, &options)?;
+        if options.lock {
+            let system = |source| OpenError::System {
+                name: name.clone(),
+                action: "lock it (a file system without locks can be used with lock = false)",
+                source,
+            };
+            if !lock::take(&file, options.read_only).map_err(system)? {
+                let holder = lock::holder(&file);
+                return Err(OpenError::Busy { name, holder, read_only: options.read_only });
+            }
+        }
+        RawStore::assemble(Shared::new(file, target, name, options.on_failure.clone()), options)
+    }
+
+    fn assemble(shared: Shared, options: RawOptions) -> Result<RawStore, OpenError> {
+        let name = options.name();
+        let shared = Arc::new(shared);
+        let flusher = Flusher::new(shared.clone()).map_err(|source| OpenError::System {
+            name: name.clone(),
+            action: "start a thread for it",
+            source,
+        })?;
+        let store =
+            RawStore { shared, flusher: Arc::new(flusher), options, no_uring: Mutex::new(None) };
+        // A queue on trial, so that the operator hears now what a guest would feel later.
+        match (store.options.engine, store.uring_queue()) {
+            (Engine::IoUring, Err(source)) => Err(OpenError::NoIoUring { name, source }),
+            (Engine::Auto, Err(error)) => {
+                store.go_without_uring(&error);
+                Ok(store)
+            }
+            _ => Ok(store),
+        }
     }
 
     /// Since when the store refuses everything that writes: what the failed flush said.
     /// None while all is well.
     pub fn failure(&self) -> Option<String> {
-        None
+        self.shared.failure()
+    }
+
+    fn uring_queue(&self) -> io::Result<UringQueue> {
+        UringQueue::new(self.shared.clone(), self.flusher.clone())
+    }
+
+    fn threads_queue(&self) -> io::Result<Box<dyn StoreQueue>> {
+        Ok(Box::new(ThreadsQueue::new(self.shared.clone(), self.flusher.clone())?))
+    }
+
+    fn go_without_uring(&self, error: &io::Error) {
+        *self.lock_no_uring() = Some(error.to_string());
+    }
+
+    fn lock_no_uring(&self) -> MutexGuard<'_, Option<String>> {
+        self.no_uring.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 }
-fn not_yet(_options: RawOptions) -> Result<RawStore, OpenError> {
-    Err(OpenError::System {
-        name: "".into(),
-        action: "open",
-        source: io::ErrorKind::Unsupported.into(),
-    })
-}
+
 impl Store for RawStore {
     fn info(&self) -> &DiskInfo {
-        &self.info
+        &self.shared.info
     }
+
+    /// Path, size, mode, engine, and what is wrong with it if something is.
     fn describe(&self) -> String {
-        String::new()
+        let (info, options) = (&self.shared.info, &self.options);
+        let mut text = format!(
+            "raw image {} of {} bytes, {}, {}",
+            self.shared.name,
+            info.capacity,
+            if info.read_only { "read-only" } else { "read-write" },
+            if options.direct { "direct" } else { "buffered" },
+        );
+        match (options.engine, &*self.lock_no_uring()) {
+            (Engine::Threads, _) => text.push_str(", threads"),
+            (_, None) => text.push_str(", io_uring"),
+            (_, Some(why)) => text.push_str(&format!(", threads (no io_uring: {why})")),
+        }
+        if !options.lock {
+            text.push_str(", not locked");
+        }
+        if let Some(failure) = self.failure() {
+            text.push_str(&format!("; FAILED: {failure}"));
+        }
+        text
     }
+
+    /// With [`Engine::Auto`], threads serve the queue if io_uring has become forbidden since
+    /// the store was opened.
     fn open_queue(&self) -> io::Result<Box<dyn StoreQueue>> {
-        Err(io::ErrorKind::Unsupported.into())
+        if self.options.engine == Engine::Threads || self.lock_no_uring().is_some() {
+            return self.threads_queue();
+        }
+        match self.uring_queue() {
+            Ok(queue) => Ok(Box::new(queue)),
+            Err(error) if self.options.engine == Engine::IoUring => Err(error),
+            Err(error) => {
+                self.go_without_uring(&error);
+                self.threads_queue()
+            }
+        }
     }
+
     fn sync(&self) -> Status {
-        Ok(())
+        self.shared.sync()
     }
+}
+
+impl fmt::Debug for RawStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+/// Waits until a doorbell is rung, or for a signal.
+fn sleep_on(doorbell: BorrowedFd<'_>) {
+    let mut doorbell = [PollFd::from_borrowed_fd(doorbell, PollFlags::IN)];
+    let _ = rustix::event::poll(&mut doorbell, None);
 }
