@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+/*
+ * The filter host's executable: control socket at descriptor 3, the filter's shared
+ * object at descriptor 4. Takes no arguments and reads no environment.
+ *
+ * It ends when the worker says QUIT, closes the socket or dies. Signals that a
+ * terminal or a service manager sends to a whole group are ignored: the worker
+ * gets them too, drains its disks through us, and then ends us.
+ */
+#include "host.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+int main(void) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    prctl(PR_SET_NAME, "upcall-filter");
+    const int ignored[] = { SIGPIPE, SIGINT, SIGTERM, SIGHUP };
+    for (size_t i = 0; i < sizeof(ignored) / sizeof(*ignored); i++)
+        signal(ignored[i], SIG_IGN);
+
+    int type = 0;
+    socklen_t length = sizeof(type);
+    if (getsockopt(WIRE_SOCKET_FD, SOL_SOCKET, SO_TYPE, &type, &length) != 0 ||
+        type != SOCK_SEQPACKET || fcntl(WIRE_FILTER_FD, F_GETFD) < 0) {
+        fputs("upcall-filterhost is started by an Upcall worker, not by hand: it needs a "
+              "control socket as descriptor 3 and a filter as descriptor 4\n", stderr);
+        return 2;
+    }
+    fcntl(WIRE_SOCKET_FD, F_SETFD, FD_CLOEXEC);
+    fcntl(WIRE_FILTER_FD, F_SETFD, FD_CLOEXEC);
+
+    struct upcall_host *host = upcall_host_new(WIRE_SOCKET_FD, WIRE_FILTER_FD, NULL, 0);
+    if (!host)
+        return 1;
+    int result = upcall_host_run(host);
+    upcall_host_free(host);
+    return result == 0 ? 0 : 1;
+}
