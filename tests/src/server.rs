@@ -1,0 +1,195 @@
+//! `upcall serve` as a child process.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::build::upcall_program;
+use crate::scratch::Scratch;
+
+const START: Duration = Duration::from_secs(30);
+const END: Duration = Duration::from_secs(30);
+
+/// How a program ended, and what it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code; None if a signal ended it.
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained about.
+    pub stderr: String,
+}
+
+impl Ended {
+    fn new(status: ExitStatus, stdout: String, stderr: String) -> Ended {
+        Ended { code: status.code(), signal: status.signal(), stdout, stderr }
+    }
+
+    /// Expects an orderly end.
+    #[track_caller]
+    pub fn expect_success(&self) {
+        assert_eq!(self.code, Some(0), "{self:#?}");
+    }
+}
+
+/// A running `upcall serve`. Killed when dropped.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    lines: Receiver<String>,
+    stdout: String,
+    stderr: PathBuf,
+    ended: bool,
+}
+
+impl Server {
+    /// Starts `upcall serve ARGS` and waits until it is ready.
+    pub fn start(scratch: &Scratch, args: &[&str]) -> Server {
+        let mut command = Command::new(upcall_program());
+        command.arg("serve").args(args);
+        Server::spawn(scratch, command)
+    }
+
+    /// As [`start`](Self::start), with a command of the caller's own.
+    pub fn spawn(scratch: &Scratch, mut command: Command) -> Server {
+        // A server started again goes on in the same file: its end is what matters.
+        let stderr = scratch.join("serve.log");
+        let log = File::options().create(true).append(true).open(&stderr).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let (sender, lines) = channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        let mut server = Server { child, lines, stdout: String::new(), stderr, ended: false };
+        server.wait_ready();
+        server
+    }
+
+    fn wait_ready(&mut self) {
+        let deadline = Instant::now() + START;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.stdout += &line;
+                    self.stdout.push('\n');
+                    if line.trim() == "ready" {
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => panic!("not ready after {START:?}:\n{self:?}"),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let status = self.child.wait().unwrap();
+                    panic!("ended before it was ready ({status}):\n{}", self.stderr());
+                }
+            }
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// What it printed until it was ready.
+    pub fn stdout(&self) -> &str {
+        &self.stdout
+    }
+
+    /// What it complained about so far.
+    pub fn stderr(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub fn terminate(self) -> Ended {
+        self.signal(Signal::TERM);
+        self.wait()
+    }
+
+    /// Asks it to end, and expects that it does so in order.
+    #[track_caller]
+    pub fn stop(self) {
+        self.terminate().expect_success();
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Ended {
+        let status = wait_child(&mut self.child, END)
+            .unwrap_or_else(|| panic!("does not end within {END:?}:\n{}", self.stderr()));
+        self.ended = true;
+        while let Ok(line) = self.lines.recv() {
+            self.stdout += &line;
+            self.stdout.push('\n');
+        }
+        Ended::new(status, std::mem::take(&mut self.stdout), self.stderr())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            if thread::panicking() {
+                eprintln!("the server said:\n{}", self.stderr());
+            }
+        }
+    }
+}
+
+/// Runs `upcall ARGS` to its end; it is to end by itself.
+pub fn upcall(args: &[&str]) -> Ended {
+    let mut command = Command::new(upcall_program());
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    if wait_child(&mut child, END).is_none() {
+        let _ = child.kill();
+        let output = child.wait_with_output().unwrap();
+        panic!(
+            "{command:?} does not end:\n{}\n{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    let output = child.wait_with_output().unwrap();
+    Ended::new(
+        output.status,
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+fn wait_child(child: &mut Child, timeout: Duration) -> Option<ExitStatus> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return Some(status);
+        }
+        if Instant::now() > deadline {
+            return None;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
