@@ -222,32 +222,52 @@ impl Workload {
         self.busy[sector as usize..(sector + sectors) as usize].fill(busy);
     }
 
-    #[track_caller]
-    fn check(&self, sector: u64, bytes: &[u8], what: &str) {
+    fn compare(&self, sector: u64, bytes: &[u8]) -> Result<(), String> {
         for (index, content) in bytes.chunks_exact(SECTOR).enumerate() {
             let sector = sector + index as u64;
-            let stamp = self.stamps[sector as usize];
-            if let Err(error) = self.pattern.check(sector, stamp, content) {
-                panic!("seed {}: {what}: {error}", self.seed);
-            }
+            self.pattern.check(sector, self.stamps[sector as usize], content)?;
+        }
+        Ok(())
+    }
+
+    #[track_caller]
+    fn check(&self, sector: u64, bytes: &[u8], what: &str) {
+        if let Err(error) = self.compare(sector, bytes) {
+            panic!("seed {}: {what}: {error}", self.seed);
         }
     }
 
     /// Reads the whole disk through the client, and checks every byte.
+    #[track_caller]
     pub fn read_back(&self, client: &mut dyn Client) {
+        self.compare_disk(client).unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
+    }
+
+    /// Reads the whole disk through the client; says which byte is the first wrong one.
+    pub fn compare_disk(&self, client: &mut dyn Client) -> Result<(), String> {
         let mut sector = 0;
         while sector < self.stamps.len() {
             let sectors = (SLOT_BYTES / SECTOR).min(self.stamps.len() - sector);
             let bytes = client.read(0, (sector * SECTOR) as u64, sectors * SECTOR);
-            self.check(sector as u64, &bytes, "reading back");
+            self.compare(sector as u64, &bytes)?;
             sector += sectors;
         }
+        Ok(())
     }
 
     /// Compares a raw image with what the disk must hold, byte for byte.
+    #[track_caller]
     pub fn check_image(&self, path: &Path) {
-        let bytes = std::fs::read(path).unwrap();
-        assert_eq!(bytes.len(), self.stamps.len() * SECTOR, "size of {}", path.display());
-        self.check(0, &bytes, &format!("image {}", path.display()));
+        self.compare_image(path).unwrap_or_else(|error| panic!("seed {}: {error}", self.seed));
+    }
+
+    /// Compares a raw image with what the disk must hold; says which byte is the first
+    /// wrong one.
+    pub fn compare_image(&self, path: &Path) -> Result<(), String> {
+        let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+        if bytes.len() != self.stamps.len() * SECTOR {
+            return Err(format!("{} has {} bytes", path.display(), bytes.len()));
+        }
+        self.compare(0, &bytes).map_err(|error| format!("{}: {error}", path.display()))
     }
 }

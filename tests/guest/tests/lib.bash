@@ -1,0 +1,67 @@
+# shellcheck shell=bash
+# What the guest tests share: a scratch folder, `upcall serve` in the background, filters,
+# and the end of it all, whatever happens. Source it first; then `serve ...`, `guest ...`,
+# `stop_server`.
+set -euo pipefail
+
+top=$(readlink -f "$(dirname "${BASH_SOURCE[0]}")/../../..")
+rig=$top/tests/guest
+bin=${UPCALL_BIN_DIR:-$top/target/release}
+scratch=$(mktemp -d /tmp/upg.XXXXXX)
+server=
+
+finish() {
+    local status=$?
+    trap - EXIT
+    if [ -n "$server" ]; then
+        kill -KILL "$server" 2>/dev/null || true
+    fi
+    if [ "$status" != 0 ]; then
+        echo "--- end of the server's log"
+        tail -n 40 "$scratch/serve.err" 2>/dev/null || true
+    fi
+    rm -rf "$scratch"
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT TERM
+
+die() {
+    echo "FAILED: $*"
+    exit 1
+}
+
+# c_filter NAME: builds filters/NAME and prints the path of its shared object.
+c_filter() {
+    cc -std=gnu11 -O2 -g -fPIC -shared -fvisibility=hidden -pthread -I "$top/sdk/c/include" \
+        "$top/filters/$1"/*.c -o "$scratch/$1.so"
+    echo "$scratch/$1.so"
+}
+
+# rust_filter NAME: prints the path of its shared object.
+rust_filter() { echo "$bin/libupcall_$1.so"; }
+
+# serve ARGUMENT...: starts `upcall serve` and waits until it is ready.
+serve() {
+    "$bin/upcall" serve "$@" >"$scratch/serve.out" 2>>"$scratch/serve.err" &
+    server=$!
+    local i
+    for ((i = 0; i < 300; i++)); do
+        grep -qx ready "$scratch/serve.out" && return
+        kill -0 "$server" 2>/dev/null || die "upcall serve ended"
+        sleep 0.1
+    done
+    die "upcall serve is not ready"
+}
+
+# stop_server: asks it to end, and expects exit status 0.
+stop_server() {
+    local status=0
+    kill -TERM "$server"
+    wait "$server" || status=$?
+    server=
+    [ "$status" = 0 ] || die "upcall serve ended with status $status"
+}
+
+# guest ARGUMENT...: run-guest, with this test's name for the guest's folder.
+guest() { "$rig/run-guest" "$@"; }
