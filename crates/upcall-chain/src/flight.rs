@@ -167,7 +167,8 @@ impl Flight {
         self.place == Place::Ended
     }
 
-    /// The filter of `slot` answered, on either way.
+    /// The filter of `slot` answered what it was given last, on either way. An answer to an
+    /// earlier delivery is not to be brought here: the worker tells deliveries apart.
     pub fn handle_verdict(&mut self, chain: &Chain, slot: SlotIndex, verdict: Verdict) -> Step {
         debug_assert_eq!(chain.generation(), self.generation, "a flight changed its chain");
         if self.has_ended() {

@@ -286,15 +286,10 @@ impl World<'_> {
         let player = &self.players[number];
         let seen = &player.seen;
         let place = |wanted: fn(&Seen) -> bool| seen.iter().position(wanted);
-        let starts: Vec<usize> = seen
-            .iter()
-            .filter_map(|s| if let Seen::Start(i) = s { Some(*i) } else { None })
-            .collect();
-        let dones: Vec<usize> = seen
-            .iter()
-            .filter_map(|s| if let Seen::Done(i, _) = s { Some(*i) } else { None })
-            .collect();
-        let (mut asked, mut told) = (starts.clone(), dones.clone());
+        let start = |seen: &Seen| if let Seen::Start(index) = seen { Some(*index) } else { None };
+        let done = |seen: &Seen| if let Seen::Done(index, _) = seen { Some(*index) } else { None };
+        let mut asked: Vec<usize> = seen.iter().filter_map(start).collect();
+        let mut told: Vec<usize> = seen.iter().filter_map(done).collect();
         if player.restarts() {
             // A new instance may be asked again what the old one did not answer (rule 6).
             asked.dedup();
