@@ -12,6 +12,8 @@ mod job;
 mod lock;
 mod shared;
 mod target;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod uring;
 
