@@ -17,23 +17,11 @@ fn main() {
     println!("cargo::rerun-if-changed={}", sdk.display());
 
     let sources = sources(&root.join("c"));
-    // While the C side is being written: build without a filter host, and say so.
-    if let Err(error) = link(&sources, &sdk, "-m64", &out.join("filterhost-64")) {
-        println!(
-            "cargo::warning=no filter host: c/ does not build yet ({} bytes of errors)",
-            error.len()
-        );
+    if !root.join("c/channel.c").exists() {
+        println!("cargo::warning=the filter host in c/ is not complete: no filter can be started");
         for program in ["filterhost-64", "filterhost-32"] {
             fs::write(out.join(program), b"").expect("OUT_DIR is writable");
         }
-        let stub = out.join("stub.c");
-        fs::write(
-            &stub,
-            "void *upcall_host_new(void) { return 0; } int upcall_host_run(void) { return 0; }\n\
-             void upcall_host_free(void) {} int upcall_host_deliver(void) { return -1; }\n",
-        )
-        .expect("OUT_DIR is writable");
-        cc::Build::new().file(stub).compile("upcall_filterhost");
         return;
     }
     link(&sources, &sdk, "-m64", &out.join("filterhost-64"))

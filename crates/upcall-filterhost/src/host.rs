@@ -174,9 +174,19 @@ impl HostProcess {
                 Engine::Inline(InlineHost::start(theirs, filter, ours).map_err(failed)?)
             }
         };
-        Ok(HostProcess {
+        Ok(HostProcess::over(name, file.width(), socket, engine, log))
+    }
+
+    fn over(
+        name: Arc<str>,
+        width: Width,
+        socket: ControlSocket,
+        engine: Engine,
+        log: LogSink,
+    ) -> HostProcess {
+        HostProcess {
             name,
-            width: file.width(),
+            width,
             socket,
             engine,
             log,
@@ -185,7 +195,7 @@ impl HostProcess {
             channels: Vec::new(),
             is_serving: false,
             is_over: false,
-        })
+        }
     }
 
     /// How long each step may take from now on.
@@ -435,15 +445,12 @@ impl HostProcess {
         // clock in between.
         const LOGS_MAX: usize = 64;
         for _ in 0..LOGS_MAX {
+            // Asked before looking: what a process sent before it ended is there to find.
+            let has_ended = self.engine.exit().is_some();
             let (header, payload) = match self.socket.receive() {
                 Ok(Received::Message(header, payload)) => (header, payload),
-                Ok(Received::Nothing) => {
-                    return if self.exit_description().is_none() {
-                        Ok(None)
-                    } else {
-                        self.last_words(step)
-                    };
-                }
+                Ok(Received::Nothing) if has_ended => return Err(self.ended(step)),
+                Ok(Received::Nothing) => return Ok(None),
                 Ok(Received::End) => return Err(self.ended(step)),
                 Ok(Received::Violation(what)) => return Err(self.misbehaved(step, what)),
                 Err(error) => return Err(self.system(step, error)),
@@ -470,19 +477,6 @@ impl HostProcess {
             }
         }
         Ok(None)
-    }
-
-    /// The process has ended between our last look at the socket and now: what it had sent
-    /// before is there, and then the end.
-    fn last_words(&mut self, step: &'static str) -> Result<Option<Answer>, FilterError> {
-        if let Ok(Received::Message(header, payload)) = self.socket.receive()
-            && header.kind == kind::LOG
-        {
-            let line = log_line(&self.name, header, payload);
-            self.log_budget.pass(line, &*self.log);
-            return Ok(None);
-        }
-        Err(self.ended(step))
     }
 
     fn ended(&mut self, step: &'static str) -> FilterError {
@@ -541,7 +535,7 @@ fn header(kind: u32, id: u32, value: u32) -> Header {
 /// A positive errno of a RESULT's `id`, 0 for success, `None` for anything else.
 fn errno_of(id: u32) -> Option<i32> {
     let result = id as i32;
-    (-4095..=0).contains(&result).then_some(-result)
+    (-4095..=0).contains(&result).then(|| -result)
 }
 
 fn log_line(filter: &Arc<str>, header: Header, payload: &[u8]) -> LogLine {
@@ -617,3 +611,6 @@ impl LogBudget {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

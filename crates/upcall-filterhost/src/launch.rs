@@ -58,14 +58,20 @@ impl HostChild {
         let socket = above_given(socket.as_fd())?;
         let title = title.to_owned();
         let child = on_launcher(move || spawn(&program, &socket, &filter, &title))?;
-        match Pid::from_raw(child.id() as i32).map(|pid| {
-            // The process is our child and not yet waited for, so the id is still its own.
-            rustix::process::pidfd_open(pid, PidfdFlags::empty())
-        }) {
-            Some(Ok(pidfd)) => Ok(HostChild { child, pidfd }),
-            other => {
+        HostChild::adopt(child)
+    }
+
+    /// A child that nobody else waits for.
+    pub(crate) fn adopt(child: Child) -> io::Result<HostChild> {
+        // It is our child and not yet waited for, so the id is still its own.
+        let opened = Pid::from_raw(child.id() as i32)
+            .ok_or(io::ErrorKind::InvalidInput.into())
+            .and_then(|pid| Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?));
+        match opened {
+            Ok(pidfd) => Ok(HostChild { child, pidfd }),
+            Err(error) => {
                 kill_and_reap(child);
-                Err(other.and_then(Result::err).map_or(io::ErrorKind::Other.into(), Into::into))
+                Err(error)
             }
         }
     }
