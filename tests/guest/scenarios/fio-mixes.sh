@@ -26,29 +26,29 @@ stonewall
 rw=randrw
 bs=512
 iodepth=32
-io_size=2M
+io_size=$((4096 / jobs))k
 [random-4k]
 rw=randrw
 bs=4k
 iodepth=8
-io_size=12M
+io_size=$((24576 / jobs))k
 [random-mixed-sizes]
 rw=randwrite
 bssplit=512/30:4k/30:64k/30:256k/10
 serialize_overlap=1
 iodepth=16
-io_size=24M
+io_size=$((49152 / jobs))k
 fsync=64
 [sequential-64k-shallow]
 rw=rw
 bs=64k
 iodepth=1
-io_size=24M
+io_size=$((49152 / jobs))k
 [sequential-1m-deep]
 rw=write
 bs=1M
 iodepth=8
-io_size=48M
+io_size=$((96 / jobs))M
 EOF
 fio /tmp/mixes.fio >/tmp/mixes.out 2>&1 || {
     tail -n 60 /tmp/mixes.out
