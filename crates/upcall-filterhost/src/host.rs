@@ -88,10 +88,14 @@ pub struct OpenInstance<'a> {
 
 /// A filter host: the process (or, inline, the threads) that runs one filter for this worker.
 ///
-/// Dropping it kills an isolated one and waits until it is gone.
+/// Dropping it kills an isolated one and waits until it is gone. An inline one cannot be
+/// killed: dropping it cancels what its filter holds, closes and unloads it, and waits for
+/// that, a second at most; but one with an [`InlineChannel`] left goes on until that is
+/// dropped too.
 pub struct HostProcess {
     name: Arc<str>,
     width: Width,
+    // Dropped before the engine: an inline one ends when its socket does.
     socket: ControlSocket,
     engine: Engine,
     log: LogSink,
@@ -336,18 +340,14 @@ impl HostProcess {
         }
     }
 
-    /// Takes what the host said by itself: log lines. To be called when [`AsFd`] is readable.
+    /// Takes what the host said by itself: log lines, some of them if there are many. To be called when [`AsFd`] is readable.
     /// An error means that the host is gone or must go.
     pub fn service(&mut self) -> Result<(), FilterError> {
         const STEP: &str = "service";
-        const MESSAGES_MAX: usize = 64;
-        for _ in 0..MESSAGES_MAX {
-            match self.next_message(STEP)? {
-                None => return Ok(()),
-                Some(_) => return Err(self.misbehaved(STEP, "answered without a question".into())),
-            }
+        match self.next_message(STEP)? {
+            None => Ok(()),
+            Some(_) => Err(self.misbehaved(STEP, "answered without a question".into())),
         }
-        Ok(())
     }
 
     /// Readable when the host's process has ended; `None` for an inline one.

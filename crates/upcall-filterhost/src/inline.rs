@@ -64,7 +64,7 @@ impl Drop for Raw {
 pub(crate) struct InlineHost {
     raw: Arc<Raw>,
     /// A copy of our end of the control socket; as long as it is open, the loop runs.
-    keep: Arc<OwnedFd>,
+    keep: Option<Arc<OwnedFd>>,
     ended: Receiver<c_int>,
     channels_taken: Vec<u32>,
 }
@@ -85,7 +85,7 @@ impl InlineHost {
             drop(running);
             let _ = say_ended.send(result);
         })?;
-        Ok(InlineHost { raw, keep: Arc::new(ours), ended, channels_taken: Vec::new() })
+        Ok(InlineHost { raw, keep: Some(Arc::new(ours)), ended, channels_taken: Vec::new() })
     }
 
     /// The caller has seen START succeed after it gave channel `id`. `None` if it is taken.
@@ -93,13 +93,14 @@ impl InlineHost {
         if self.channels_taken.contains(&id) {
             return None;
         }
+        let keep = self.keep.clone()?;
         self.channels_taken.push(id);
-        Some(InlineChannel { raw: self.raw.clone(), id, _keep: self.keep.clone() })
+        Some(InlineChannel { raw: self.raw.clone(), id, _keep: keep })
     }
 
     /// Whether a channel is still held by somebody.
     pub(crate) fn is_in_use(&self) -> bool {
-        Arc::strong_count(&self.keep) > 1
+        self.keep.as_ref().is_some_and(|keep| Arc::strong_count(keep) > 1)
     }
 
     /// How the control loop ended; `None` while it runs.
@@ -117,6 +118,16 @@ impl InlineHost {
             Err(RecvTimeoutError::Timeout) => None,
             Ok(result) => Some(describe(result)),
             Err(RecvTimeoutError::Disconnected) => Some(describe(0)),
+        }
+    }
+}
+
+impl Drop for InlineHost {
+    fn drop(&mut self) {
+        if !self.is_in_use() {
+            self.keep = None;
+            // One that does not end is left behind, with its memory: it cannot be killed.
+            let _ = self.exit_within(Duration::from_secs(1));
         }
     }
 }

@@ -194,6 +194,53 @@ fn a_dropped_host_is_killed_and_reaped() {
 }
 
 #[test]
+fn parameters_that_fill_more_than_a_message_are_refused_before_they_are_sent() {
+    let (mut host, theirs, _) = played();
+    let mut wide = sample();
+    let param = |number: u32| {
+        serde_json::json!({"name": format!("p{number}"), "type": 3, "doc": "", "default": "",
+            "choices": null, "min": 0, "max": 4096})
+    };
+    wide["params"] = (0..17).map(param).collect();
+    let description = Description::parse(wide.to_string().as_bytes(), Width::Bits64).unwrap();
+    let given: Vec<_> = (0..17).map(|number| (format!("p{number}"), "x".repeat(4096))).collect();
+    let params = crate::params::resolve(&description, &given).unwrap();
+    let counters = Counters::new().unwrap();
+    let open =
+        OpenInstance { instance: 0, arena: 0, disks: &[], params: &params, counters: &counters };
+    let error = host.open(&open).unwrap_err();
+    assert!(error.to_string().contains("at most 65536 bytes"), "{error}");
+    say(&theirs, &packet(kind::RESULT, 0, 0, b""));
+    host.load().unwrap();
+}
+
+#[test]
+fn more_files_than_a_message_can_carry_are_refused() {
+    let (mut host, _theirs, _) = played();
+    let mut wide = sample();
+    let param = |number: u32| {
+        serde_json::json!({"name": format!("p{number}"), "type": 8, "doc": "", "default": null,
+            "choices": null, "min": 0, "max": 0})
+    };
+    wide["params"] = (0..32).map(param).collect();
+    let description = Description::parse(wide.to_string().as_bytes(), Width::Bits64).unwrap();
+    let given: Vec<_> = (0..32).map(|number| (format!("p{number}"), "/dev/null".into())).collect();
+    let params = crate::params::resolve(&description, &given).unwrap();
+    let counters = Counters::new().unwrap();
+    let open =
+        OpenInstance { instance: 0, arena: 0, disks: &[], params: &params, counters: &counters };
+    let error = host.open(&open).unwrap_err();
+    assert!(error.to_string().contains("at most 31 files"), "{error}");
+}
+
+#[test]
+fn hosts_and_channels_may_move_to_other_threads() {
+    fn is_send<T: Send>() {}
+    is_send::<HostProcess>();
+    is_send::<InlineChannel>();
+}
+
+#[test]
 fn dropped_lines_are_counted_and_said() {
     let seen = Mutex::new(Vec::new());
     let sink = |line: LogLine| seen.lock().unwrap().push(line.text);
