@@ -101,7 +101,9 @@ impl Chain {
         Descriptor { address, length, .. }: Descriptor,
     ) -> Result<(), ChainError> {
         let size = length as usize / DESC_SIZE;
-        if length as usize % DESC_SIZE != 0 || !(1..=INDIRECT_LENGTH_MAX).contains(&size) {
+        if !(length as usize).is_multiple_of(DESC_SIZE)
+            || !(1..=INDIRECT_LENGTH_MAX).contains(&size)
+        {
             return Err(ChainError::IndirectLength { length });
         }
         let mut table = std::mem::take(&mut self.table);

@@ -70,6 +70,7 @@ pub fn serve_connection(
 ) -> Result<Ended, ConnectionError> {
     stream.set_nonblocking(false)?;
     let watched = stream.try_clone()?;
+    #[expect(clippy::arc_with_non_send_sync, reason = "the handler takes nothing else")]
     let device = Arc::new(Mutex::new(Device::new(config, host)));
     let mut handler = BackendReqHandler::from_stream(stream, device.clone());
 
@@ -178,3 +179,6 @@ fn poll_again(fds: &mut [PollFd<'_>], timeout: Option<&Timespec>) -> Result<(), 
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

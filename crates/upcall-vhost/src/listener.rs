@@ -202,3 +202,131 @@ fn connect(path: &Path) -> Result<(), Errno> {
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+    use upcall_ring::Doorbell;
+
+    /// A directory of its own for each test.
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Directory {
+            let name = format!("upcall-listener-{name}-{}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir(&path).unwrap();
+            Directory(path)
+        }
+
+        fn socket(&self) -> PathBuf {
+            self.0.join("disk.sock")
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn connections_are_accepted_until_shutdown() {
+        let directory = Directory::new("accept");
+        let path = directory.socket();
+        let listener = Listener::bind(&path, Some(0o660)).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert_eq!(listener.path(), Some(path.as_path()));
+        let shutdown = Doorbell::new().unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(listener.accept(shutdown.as_fd()).unwrap().is_some());
+        shutdown.ring();
+        assert!(listener.accept(shutdown.as_fd()).unwrap().is_none());
+        drop(listener);
+        assert!(!path.exists(), "removed with its listener");
+    }
+
+    #[test]
+    fn a_live_socket_is_left_alone_and_a_dead_one_replaced() {
+        let directory = Directory::new("stale");
+        let path = directory.socket();
+        let live = UnixListener::bind(&path).unwrap();
+        assert!(matches!(Listener::bind(&path, None), Err(ListenError::InUse { .. })));
+        UnixStream::connect(&path).unwrap();
+        drop(live);
+        let listener = Listener::bind(&path, None).unwrap();
+        UnixStream::connect(&path).unwrap();
+        assert!(matches!(Listener::bind(&path, None), Err(ListenError::InUse { .. })));
+        drop(listener);
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_alone() {
+        let directory = Directory::new("file");
+        let path = directory.socket();
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(Listener::bind(&path, None), Err(ListenError::NotASocket { .. })));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        let link = directory.0.join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(Listener::bind(&link, None), Err(ListenError::NotASocket { .. })));
+        assert!(matches!(Listener::bind(&directory.0, None), Err(ListenError::NotASocket { .. })));
+    }
+
+    #[test]
+    fn a_file_that_is_no_longer_ours_stays() {
+        let directory = Directory::new("ours");
+        let path = directory.socket();
+        let listener = Listener::bind(&path, None).unwrap();
+        // Kept under another name, so that its number is not given to the next file.
+        fs::rename(&path, directory.0.join("old")).unwrap();
+        let other = UnixListener::bind(&path).unwrap();
+        drop(listener);
+        assert!(path.exists());
+        drop(other);
+    }
+
+    #[test]
+    fn paths_that_cannot_be_are_named_in_the_error() {
+        let directory = Directory::new("paths");
+        let long = directory.0.join("x".repeat(120));
+        assert!(matches!(Listener::bind(&long, None), Err(ListenError::TooLong { .. })));
+        let nowhere = directory.0.join("no/such");
+        let error = Listener::bind(&nowhere, None).unwrap_err();
+        assert!(error.to_string().contains("no/such"), "{error}");
+    }
+
+    #[test]
+    fn of_two_who_find_a_dead_socket_one_gets_it() {
+        let directory = Directory::new("race");
+        let path = directory.socket();
+        for _ in 0..20 {
+            drop(UnixListener::bind(&path).unwrap());
+            let bind = || Listener::bind(&path, None);
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+        }
+    }
+
+    #[test]
+    fn only_listening_unix_stream_sockets_are_adopted() {
+        let directory = Directory::new("adopt");
+        let path = directory.socket();
+        let listening = UnixListener::bind(&path).unwrap();
+        let listener = Listener::adopt(listening.into()).unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(listener);
+        assert!(path.exists(), "it was not ours to remove");
+        let refused = |fd: OwnedFd| Listener::adopt(fd).unwrap_err().to_string();
+        assert!(refused(UnixStream::pair().unwrap().0.into()).contains("not listening"));
+        assert!(refused(UnixDatagram::unbound().unwrap().into()).contains("not a stream"));
+        assert!(refused(File::open("/dev/null").unwrap().into()).contains("not a socket"));
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(refused(tcp.into()).contains("not a Unix"));
+    }
+}

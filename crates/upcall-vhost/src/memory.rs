@@ -90,6 +90,15 @@ impl Region {
         self.address
     }
 
+    /// How far into it our own address `at` is. For tests, which check where requests point.
+    #[cfg(any(test, feature = "mock"))]
+    pub(crate) fn offset_of(&self, at: *const u8) -> Option<usize> {
+        let whole = upcall_ring::Buffers::of(&self.mapping, self.skip, 1, false)?;
+        let (start, _) = whole.addresses().next()?;
+        let offset = (at as usize).checked_sub(start as usize)?;
+        (offset < self.address.length as usize).then_some(offset)
+    }
+
     /// What of `[at, at + length)` lies in it, if `at` does: offset in the mapping, bytes.
     fn guest_part(&self, at: u64, length: u64) -> Option<(usize, usize)> {
         let inside = at.checked_sub(self.address.guest)?;

@@ -348,3 +348,6 @@ impl RequestQueue for VirtQueue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -162,7 +162,7 @@ impl Parser<'_> {
         if let Some(refused) = self.refusal(op) {
             return Some(refused);
         }
-        if out_length == 0 || out_length % SEGMENT_SIZE != 0 {
+        if out_length == 0 || !out_length.is_multiple_of(SEGMENT_SIZE) {
             return None;
         }
         if out_length > SEGMENT_SIZE {
