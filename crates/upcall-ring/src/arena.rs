@@ -105,3 +105,68 @@ impl Arena {
         self.pages.in_use()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, memfd, read_only_view};
+
+    fn mapping(pages: usize) -> Arc<Mapping> {
+        let fd = memfd("test", pages * PAGE_SIZE).unwrap();
+        Arc::new(Mapping::new(&fd, 0, pages * PAGE_SIZE, Access::ReadWrite).unwrap())
+    }
+
+    #[test]
+    fn slices_are_whole_pages_inside_the_part_and_apart() {
+        let mapping = mapping(8);
+        let mut arena = Arena::new(mapping.clone(), 2 * PAGE_SIZE, 5 * PAGE_SIZE).unwrap();
+        let one = arena.allocate(1).unwrap();
+        let two = arena.allocate(PAGE_SIZE as u32 + 1).unwrap();
+        let none = arena.allocate(0).unwrap();
+        assert_eq!((one.offset(), one.length()), (2 * 4096, 1));
+        assert_eq!((two.offset(), two.length()), (3 * 4096, 4097));
+        assert_eq!((none.offset(), none.length()), (5 * 4096, 0));
+        assert_eq!(arena.in_use_pages(), 4);
+        assert_eq!(arena.allocate(2 * PAGE_SIZE as u32), None);
+        assert_eq!(arena.allocate(u32::MAX), None);
+        arena.free(two);
+        assert_eq!(arena.in_use_pages(), 2);
+        assert_eq!(arena.allocate(2 * PAGE_SIZE as u32).unwrap().offset(), 3 * 4096);
+        arena.free(one);
+        arena.free(none);
+        assert_eq!(arena.in_use_pages(), 2);
+    }
+
+    #[test]
+    fn the_buffers_of_a_slice_are_its_bytes_in_the_mapping() {
+        let mapping = mapping(4);
+        let mut arena = Arena::new(mapping.clone(), PAGE_SIZE, 3 * PAGE_SIZE).unwrap();
+        let slice = arena.allocate(600).unwrap();
+        arena.buffers(&slice, 512).write(500, &[7; 12]);
+        assert_eq!(mapping.read_array(slice.offset() as usize + 500), Some([7; 12]));
+        assert_eq!(arena.buffers(&slice, 512).len(), 512);
+        arena.free(slice);
+    }
+
+    #[test]
+    fn a_part_that_is_not_writable_pages_of_the_mapping_is_refused() {
+        let fd = memfd("test", 4 * PAGE_SIZE).unwrap();
+        let view = read_only_view(&fd).unwrap();
+        let view = Mapping::new(view, 0, 4 * PAGE_SIZE, Access::ReadOnly).unwrap();
+        assert!(Arena::new(Arc::new(view), 0, PAGE_SIZE).is_err());
+        for (offset, length) in
+            [(0, 5 * 4096), (4096, 4 * 4096), (512, 4096), (0, 512), (usize::MAX - 4095, 4096)]
+        {
+            assert!(Arena::new(mapping(4), offset, length).is_err(), "{length} at {offset}");
+        }
+    }
+
+    #[test]
+    #[should_panic = "another arena"]
+    fn a_slice_of_another_arena_is_not_taken_back() {
+        let mapping = mapping(4);
+        let mut low = Arena::new(mapping.clone(), 0, 2 * PAGE_SIZE).unwrap();
+        let mut high = Arena::new(mapping, 2 * PAGE_SIZE, 2 * PAGE_SIZE).unwrap();
+        low.free(high.allocate(4096).unwrap());
+    }
+}

@@ -185,3 +185,117 @@ impl RingMemory for MappedRing {
         unsafe { self.sleeping.as_ref() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn submission() -> Submission {
+        Submission {
+            seq: 0,
+            kind: 0x11,
+            op: 0x22,
+            flags: 0x3344,
+            token: 0x0807_0605_0403_0201,
+            offset: 0x1817_1615_1413_1211,
+            length: 0x2423_2221,
+            status: -2,
+            data: 0x3837_3635_3433_3231,
+            cookie: 0x4847_4645_4443_4241,
+            instance: 0x5453_5251,
+            disk: 0x6463_6261,
+            reserved: 0,
+        }
+    }
+
+    fn view(fd: &OwnedFd, entries: u32) -> Mapping {
+        Mapping::new(fd, 0, channel_size(entries), Access::ReadWrite).unwrap()
+    }
+
+    #[test]
+    fn bytes_are_where_the_layout_says() {
+        let (mut channel, fd) = Channel::create(8).unwrap();
+        let mut host = HostChannel::open(&fd).unwrap();
+        let bytes = view(&fd, 8);
+        let number = |at| u32::from_ne_bytes(bytes.read_array(at).unwrap());
+        assert_eq!(bytes.read_array(0), Some(*b"UPCLRING"));
+        assert_eq!((number(8), number(12)), (WIRE_VERSION, 8));
+
+        assert!(host.submissions.before_sleep());
+        assert_eq!((number(64), number(128)), (1, 0));
+        assert!(channel.completions.before_sleep());
+        assert_eq!(number(128), 1);
+
+        channel.submissions.push(&submission()).unwrap();
+        let mut expected = [0; 64];
+        expected[..4].copy_from_slice(&1u32.to_ne_bytes());
+        expected[4..8].copy_from_slice(&[0x11, 0x22, 0x44, 0x33]);
+        for (at, start) in [(8, 1), (16, 0x11), (32, 0x31), (40, 0x41)] {
+            for i in 0..8 {
+                expected[at + i] = start + i as u8;
+            }
+        }
+        for (at, start) in [(24, 0x21), (48, 0x51), (52, 0x61)] {
+            for i in 0..4 {
+                expected[at + i] = start + i as u8;
+            }
+        }
+        expected[28..32].copy_from_slice(&(-2i32).to_ne_bytes());
+        assert_eq!(bytes.read_array(4096), Some(expected));
+        assert_eq!(host.submissions.pop(), Some(Submission { seq: 1, ..submission() }));
+        assert_eq!((number(192), number(256)), (1, 0));
+
+        let completion = Completion { token: 7, code: 3, ..Completion::default() };
+        host.completions.push(&completion).unwrap();
+        let second = 4096 + 8 * 64;
+        assert_eq!((number(second), number(second + 8)), (1, 7));
+        assert_eq!(channel.completions.pop(), Some(Completion { seq: 1, ..completion }));
+        assert_eq!((number(192), number(256)), (1, 1));
+    }
+
+    #[test]
+    fn the_bell_is_rung_only_for_a_sleeper() {
+        let (mut channel, fd) = Channel::create(1).unwrap();
+        let mut host = HostChannel::open(&fd).unwrap();
+        let doorbell = Doorbell::new().unwrap();
+        channel.submissions.push(&submission()).unwrap();
+        channel.submissions.wake(&doorbell);
+        assert!(!doorbell.clear());
+        assert!(host.submissions.pop().is_some());
+        assert!(host.submissions.before_sleep());
+        channel.submissions.push(&submission()).unwrap();
+        channel.submissions.wake(&doorbell);
+        assert!(doorbell.clear());
+    }
+
+    #[test]
+    fn a_ring_is_a_power_of_two_up_to_the_most() {
+        for entries in [0, 3, 4095, 8192, 1 << 31, u32::MAX] {
+            assert!(Channel::create(entries).is_err(), "{entries}");
+        }
+        for entries in [1, 4096] {
+            let (channel, fd) = Channel::create(entries).unwrap();
+            assert_eq!(channel.submissions.entries(), entries);
+            assert_eq!(HostChannel::open(fd).unwrap().submissions.entries(), entries);
+        }
+    }
+
+    #[test]
+    fn what_is_no_channel_is_refused() {
+        for (at, value, named) in [
+            (0, 0u32, "magic"),
+            (4, 7, "magic"),
+            (8, WIRE_VERSION + 1, "version"),
+            (12, 0, "power of two"),
+            (12, 24, "power of two"),
+            (12, 8192, "power of two"),
+            (12, 32, "cannot map"),
+        ] {
+            let (_channel, fd) = Channel::create(16).unwrap();
+            assert!(view(&fd, 16).write(at, &value.to_ne_bytes()).is_some());
+            let error = HostChannel::open(&fd).unwrap_err().to_string();
+            assert!(error.contains(named), "{value} at {at}: {error}");
+        }
+        assert!(HostChannel::open(memfd("short", 64).unwrap()).is_err());
+    }
+}

@@ -87,3 +87,98 @@ impl Pages {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SplitMix64.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, limit: u32) -> u32 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = self.0;
+            z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ z >> 31) % u64::from(limit)) as u32
+        }
+    }
+
+    /// The same promise, as slow as it is plain.
+    struct Reference {
+        used: Vec<bool>,
+        next: usize,
+    }
+
+    impl Reference {
+        fn take(&mut self, count: usize) -> Option<usize> {
+            let all = self.used.len();
+            let fits = |first: &usize| {
+                first + count <= all && self.used[*first..first + count].iter().all(|used| !used)
+            };
+            let first = (self.next..all).chain(0..self.next).find(fits)?;
+            self.used[first..first + count].fill(true);
+            self.next = first + count;
+            Some(first)
+        }
+    }
+
+    /// One random world; sizes and the share of frees are drawn so that arenas are empty,
+    /// full and full of holes.
+    fn world(seed: u64) {
+        let mut random = Random(seed);
+        let count = 1 + random.below(300);
+        let longest = 1 + random.below(count.min(1 + random.below(200)));
+        let frees = 1 + random.below(8);
+        let mut pages = Pages::new(count);
+        let mut reference = Reference { used: vec![false; count as usize], next: 0 };
+        let mut taken = Vec::new();
+        for step in 0..400 {
+            let context = format!("seed {seed}, step {step}");
+            if random.below(10) < frees && !taken.is_empty() {
+                let (first, length) = taken.swap_remove(random.below(taken.len() as u32) as usize);
+                pages.give_back(first, length);
+                reference.used[first as usize..(first + length) as usize].fill(false);
+            } else {
+                let length = 1 + random.below(longest);
+                let first = pages.take(length);
+                let expected = reference.take(length as usize);
+                assert_eq!(first.map(|first| first as usize), expected, "{context}");
+                taken.extend(first.map(|first| (first, length)));
+            }
+            let used = reference.used.iter().filter(|used| **used).count();
+            assert_eq!(pages.in_use() as usize, used, "{context}");
+        }
+    }
+
+    #[test]
+    fn random_takes_and_returns_agree_with_the_reference() {
+        let seed = std::env::var("UPCALL_SEED").ok().map(|text| text.parse().expect("UPCALL_SEED"));
+        match seed {
+            Some(seed) => world(seed),
+            None => (0..2000).for_each(world),
+        }
+    }
+
+    #[test]
+    fn runs_cross_words_and_the_whole_is_one_run() {
+        let mut pages = Pages::new(200);
+        assert_eq!(pages.take(201), None);
+        assert_eq!(pages.take(200), Some(0));
+        assert_eq!(pages.take(1), None);
+        pages.give_back(60, 70);
+        assert_eq!(pages.take(71), None);
+        assert_eq!(pages.take(70), Some(60));
+        assert_eq!(pages.in_use(), 200);
+    }
+
+    #[test]
+    #[should_panic = "free pages given back"]
+    fn pages_are_not_given_back_twice() {
+        let mut pages = Pages::new(100);
+        pages.take(70).unwrap();
+        pages.give_back(60, 10);
+        pages.give_back(50, 11);
+    }
+}

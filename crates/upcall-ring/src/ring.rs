@@ -15,7 +15,7 @@ use std::marker::PhantomData;
 
 use upcall_abi::ring::{Completion, Submission, Words};
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU32, Ordering, PlainU32, PlainU64, fence};
 
 /// What crosses a ring.
 pub trait Entry: Copy {
@@ -47,22 +47,22 @@ impl Entry for Completion {
 
 /// The place of one entry in a ring.
 ///
-/// Word 0 is two 32-bit atomics, because the C side reads and writes `seq` alone.
+/// Word 0 is two 32-bit words, because the C side reads and writes `seq` alone.
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Slot {
     seq: AtomicU32,
     /// The other half of word 0: kind, op or code, flags.
-    rest: AtomicU32,
-    words: [AtomicU64; 7],
+    rest: PlainU32,
+    words: [PlainU64; 7],
 }
 
 impl Slot {
     /// Writes the entry of `position` and then says that it is there.
     fn publish(&self, words: &Words, position: u32) {
-        self.rest.store((words[0] >> 32) as u32, Ordering::Relaxed);
+        self.rest.set((words[0] >> 32) as u32);
         for (shared, word) in self.words.iter().zip(&words[1..]) {
-            shared.store(*word, Ordering::Relaxed);
+            shared.set(*word);
         }
         // Release: whoever sees this `seq` sees the words above.
         self.seq.store(position.wrapping_add(1), Ordering::Release);
@@ -78,11 +78,11 @@ impl Slot {
         if !self.is_ready(position) {
             return None;
         }
-        let rest = self.rest.load(Ordering::Relaxed);
+        let rest = self.rest.get();
         let mut words = [0; 8];
         words[0] = u64::from(position.wrapping_add(1)) | u64::from(rest) << 32;
         for (word, shared) in words[1..].iter_mut().zip(&self.words) {
-            *word = shared.load(Ordering::Relaxed);
+            *word = shared.get();
         }
         Some(words)
     }
@@ -259,7 +259,9 @@ impl<E: Entry, M: RingMemory> Consumer<E, M> {
     /// blocking: the ring that is cleared then is the one to wait for.
     #[must_use = "sleep only if this is true"]
     pub fn before_sleep(&mut self) -> bool {
-        self.memory.sleeping().store(1, Ordering::Relaxed);
+        // A swap, where a store would do, because loom does not see that the producer's
+        // swap, when it read an older value of ours, comes before this in every order.
+        self.memory.sleeping().swap(1, Ordering::Relaxed);
         // Pairs with the fence in `publish`.
         fence(Ordering::SeqCst);
         if self.is_ready() {
@@ -273,5 +275,156 @@ impl<E: Entry, M: RingMemory> Consumer<E, M> {
     pub fn after_sleep(&mut self) {
         // Nothing is ordered by this: a producer that still sees 1 rings once in vain.
         self.memory.sleeping().store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// A ring on the heap, both of whose sides, and the enemy, are this thread.
+    #[derive(Debug)]
+    struct Heap {
+        slots: Vec<Slot>,
+        head: AtomicU32,
+        sleeping: AtomicU32,
+    }
+
+    impl RingMemory for Arc<Heap> {
+        fn entries(&self) -> u32 {
+            self.slots.len() as u32
+        }
+
+        fn slot(&self, position: u32) -> &Slot {
+            &self.slots[position as usize % self.slots.len()]
+        }
+
+        fn head(&self) -> &AtomicU32 {
+            &self.head
+        }
+
+        fn sleeping(&self) -> &AtomicU32 {
+            &self.sleeping
+        }
+    }
+
+    type Ends = (Producer<Submission, Arc<Heap>>, Consumer<Submission, Arc<Heap>>, Arc<Heap>);
+
+    fn ring(entries: usize, position: u32) -> Ends {
+        let heap = Arc::new(Heap {
+            slots: std::iter::repeat_with(Slot::default).take(entries).collect(),
+            head: AtomicU32::new(position),
+            sleeping: AtomicU32::new(0),
+        });
+        (
+            Producer::starting_at(heap.clone(), position),
+            Consumer::starting_at(heap.clone(), position),
+            heap,
+        )
+    }
+
+    fn entry(number: u64) -> Submission {
+        Submission {
+            kind: number as u8,
+            flags: !number as u16,
+            token: number,
+            length: number as u32,
+            status: -1,
+            reserved: !number,
+            ..Submission::default()
+        }
+    }
+
+    #[test]
+    fn every_bit_of_an_entry_but_seq_arrives() {
+        let (mut producer, mut consumer, _) = ring(2, 0);
+        let words = [0x0102_0304_0000_0001, 2, 3, 4 << 40 | 4, 5, !6, 7, 8];
+        producer.push(&Submission::from_words(&words)).unwrap();
+        assert_eq!(consumer.pop().unwrap().to_words(), words);
+        assert_eq!(consumer.pop(), None);
+    }
+
+    #[test]
+    fn positions_wrap_without_a_gap() {
+        for entries in [1, 2, 8] {
+            let (mut producer, mut consumer, _) = ring(entries, u32::MAX - 20);
+            for number in 0..40 {
+                assert_eq!(consumer.pop(), None);
+                producer.push(&entry(number)).unwrap();
+                let taken = consumer.pop().unwrap();
+                assert_eq!(taken, Submission { seq: taken.seq, ..entry(number) });
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_ring_takes_nothing_until_an_entry_was_taken() {
+        let (mut producer, mut consumer, _) = ring(4, u32::MAX - 1);
+        for number in 0..4 {
+            assert_eq!(producer.free(), Ok(4 - number as u32));
+            producer.push(&entry(number)).unwrap();
+        }
+        assert_eq!(producer.push(&entry(9)), Err(Full));
+        assert_eq!(producer.free(), Ok(0));
+        assert_eq!(consumer.pop().unwrap().token, 0);
+        assert_eq!(producer.push(&entry(4)), Ok(()));
+        assert_eq!(producer.push(&entry(9)), Err(Full));
+        let rest: Vec<u64> = std::iter::from_fn(|| consumer.pop()).map(|e| e.token).collect();
+        assert_eq!(rest, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_head_that_cannot_be_is_a_violation_and_frees_nothing() {
+        let (mut producer, mut consumer, heap) = ring(4, 0);
+        for number in 0..4 {
+            producer.push(&entry(number)).unwrap();
+        }
+        consumer.pop().unwrap();
+        assert_eq!(producer.free(), Ok(1));
+        // Backwards; more than was produced; far away.
+        for head in [0, 5, 1 << 31, u32::MAX] {
+            heap.head.store(head, Ordering::Relaxed);
+            assert_eq!(producer.free(), Err(Violation { head, believed: 1, tail: 4 }));
+        }
+        producer.push(&entry(4)).expect("the slot that was free before");
+        assert_eq!(producer.push(&entry(9)), Err(Full), "nothing is overwritten");
+        heap.head.store(1, Ordering::Relaxed);
+        assert_eq!(producer.free(), Ok(0));
+        assert_eq!(consumer.pop().unwrap().token, 1, "a peer that comes to its senses goes on");
+    }
+
+    #[test]
+    fn an_entry_whose_seq_is_of_another_position_is_not_there() {
+        let (mut producer, mut consumer, heap) = ring(4, 0);
+        producer.push(&entry(0)).unwrap();
+        for seq in [0, 2, 5, u32::MAX] {
+            heap.slots[0].seq.store(seq, Ordering::Relaxed);
+            assert_eq!(consumer.pop(), None);
+        }
+        heap.slots[0].seq.store(1, Ordering::Relaxed);
+        assert!(consumer.pop().is_some());
+    }
+
+    #[test]
+    fn one_sleep_is_rung_for_once_and_only_after_a_push() {
+        let (mut producer, mut consumer, _) = ring(4, 0);
+        assert!(consumer.before_sleep());
+        assert!(!producer.publish(), "nothing was pushed");
+        producer.push(&entry(0)).unwrap();
+        producer.push(&entry(1)).unwrap();
+        assert!(producer.publish());
+        assert!(!producer.publish());
+        producer.push(&entry(2)).unwrap();
+        assert!(!producer.publish(), "it was rung for already");
+        assert!(!consumer.before_sleep(), "there are entries");
+        producer.push(&entry(3)).unwrap();
+        assert!(!producer.publish(), "it does not sleep");
+        while consumer.pop().is_some() {}
+        assert!(consumer.before_sleep());
+        consumer.after_sleep();
+        producer.push(&entry(4)).unwrap();
+        assert!(!producer.publish(), "it is awake");
     }
 }

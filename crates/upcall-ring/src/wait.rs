@@ -189,3 +189,164 @@ impl Waiter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: WaitLimits = WaitLimits {
+        budget_max_ns: 50_000,
+        budget_step_ns: 5_000,
+        short_sleep_ns: 150_000,
+        slow_yield_ns: 1_000,
+        patience: 16,
+        misses_max: 8,
+        misses_forgotten: 128,
+    };
+    const POLL_NS: u64 = 50;
+    const WAKE_NS: u64 = 35_000;
+
+    /// A thread with a clock of its own, that counts what it does.
+    struct World {
+        waiter: Waiter,
+        now_ns: u64,
+        yield_ns: u64,
+        polls: u64,
+        yields: u64,
+        sleeps: u64,
+        /// Time spent looking in vain.
+        burnt_ns: u64,
+    }
+
+    impl World {
+        fn new(yield_ns: u64) -> World {
+            let waiter = Waiter::new(LIMITS);
+            World { waiter, now_ns: 1, yield_ns, polls: 0, yields: 0, sleeps: 0, burnt_ns: 0 }
+        }
+
+        /// Waits for work that comes in `after_ns`, finds it, and returns how late.
+        fn wait(&mut self, after_ns: u64) -> u64 {
+            let due_ns = self.now_ns + after_ns;
+            loop {
+                let turn = self.waiter.turn(self.now_ns >= due_ns, self.now_ns);
+                if self.now_ns >= due_ns {
+                    assert_eq!(turn, Turn::Poll, "after work comes another look");
+                    return self.now_ns - due_ns;
+                }
+                let before_ns = self.now_ns;
+                self.now_ns += POLL_NS;
+                match turn {
+                    Turn::Poll => self.polls += 1,
+                    Turn::Yield => {
+                        self.yields += 1;
+                        self.now_ns += self.yield_ns;
+                        self.waiter.yielded(self.yield_ns);
+                    }
+                    Turn::Sleep => {
+                        self.sleeps += 1;
+                        self.now_ns = due_ns.max(self.now_ns) + WAKE_NS;
+                        continue;
+                    }
+                }
+                self.burnt_ns += self.now_ns - before_ns;
+            }
+        }
+
+        fn waits(&mut self, count: usize, after_ns: u64) {
+            for _ in 0..count {
+                self.wait(after_ns);
+            }
+        }
+    }
+
+    #[test]
+    fn short_waits_are_met_by_looking_with_a_budget_not_far_above_them() {
+        let mut world = World::new(200);
+        world.waits(1000, 1_000);
+        assert_eq!(world.sleeps, 0);
+        assert_eq!(world.waiter.budget_ns(), LIMITS.budget_step_ns);
+        world.waits(1000, 4_000);
+        assert_eq!(world.sleeps, 0);
+        assert!((7_500..10_000).contains(&world.waiter.budget_ns()));
+    }
+
+    #[test]
+    fn the_budget_grows_until_waits_of_thirty_microseconds_need_no_sleep() {
+        let mut world = World::new(200);
+        world.waits(20, 30_000);
+        assert!(world.sleeps < 5, "{}", world.sleeps);
+        world.sleeps = 0;
+        world.waits(1000, 30_000);
+        assert_eq!(world.sleeps, 0);
+    }
+
+    #[test]
+    fn an_idle_thread_soon_sleeps_without_looking() {
+        let mut world = World::new(200);
+        world.waits(100, 20_000);
+        assert!(world.waiter.budget_ns() > 20_000);
+        world.waits(6, 10_000_000);
+        assert_eq!(world.waiter.budget_ns(), 0);
+        (world.burnt_ns, world.sleeps) = (0, 0);
+        world.waits(1000, 10_000_000);
+        assert_eq!((world.burnt_ns, world.sleeps), (0, 1000));
+    }
+
+    #[test]
+    fn no_wait_burns_more_than_the_largest_budget_and_one_look() {
+        let mut world = World::new(900);
+        for after_ns in [1_000, 45_000, 60_000, 100_000, 1_000_000, 20_000, 49_000, 55_000] {
+            for _ in 0..50 {
+                world.burnt_ns = 0;
+                world.wait(after_ns);
+                assert!(world.burnt_ns < LIMITS.budget_max_ns + world.yield_ns + POLL_NS);
+            }
+        }
+    }
+
+    #[test]
+    fn waits_just_too_long_for_any_budget_burn_little() {
+        let mut world = World::new(200);
+        let start_ns = world.now_ns;
+        world.waits(5000, 80_000);
+        let share = world.burnt_ns as f64 / (world.now_ns - start_ns) as f64;
+        assert!(share < 0.03, "{share}");
+        world.waits(LIMITS.misses_forgotten as usize + 1, 10_000);
+        world.sleeps = 0;
+        world.waits(100, 10_000);
+        assert_eq!(world.sleeps, 0, "it comes back to looking when that is worth it");
+    }
+
+    #[test]
+    fn where_yields_take_long_every_look_is_followed_by_one() {
+        let mut world = World::new(3_000);
+        world.waits(100, 10_000);
+        assert_eq!(world.polls, 0);
+        assert!(world.yields > 100);
+    }
+
+    #[test]
+    fn where_yields_return_at_once_looks_are_many_and_yields_few_but_never_none() {
+        let mut world = World::new(150);
+        world.waits(100, 4_000);
+        (world.polls, world.yields) = (0, 0);
+        world.waits(1000, 4_000);
+        assert!(world.polls > 10 * world.yields, "{} {}", world.polls, world.yields);
+        assert!(world.yields > 500);
+        world.yield_ns = 3_000;
+        world.waits(10, 4_000);
+        world.polls = 0;
+        world.waits(10, 4_000);
+        assert_eq!(world.polls, 0, "somebody needs the core now");
+    }
+
+    #[test]
+    fn a_wait_goes_on_sleeping_when_a_wake_brings_no_work() {
+        let mut waiter = Waiter::new(LIMITS);
+        assert_eq!(waiter.turn(false, 0), Turn::Yield);
+        assert_eq!(waiter.turn(false, LIMITS.budget_step_ns), Turn::Sleep);
+        assert_eq!(waiter.turn(false, LIMITS.budget_step_ns + 1), Turn::Sleep);
+        assert_eq!(waiter.turn(true, 60_000), Turn::Poll);
+        assert_ne!(waiter.turn(false, 70_000), Turn::Sleep);
+    }
+}
