@@ -14,6 +14,8 @@
 mod error;
 mod memory;
 mod raw;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use error::OpenError;
 pub use memory::{MemoryStore, NullStore};

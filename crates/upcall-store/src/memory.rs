@@ -174,3 +174,88 @@ impl<F: FnMut(&StoreIo) -> Status + Send> StoreQueue for InlineQueue<F> {
         self.done.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use upcall_block::{Range, RequestFlags, StoreToken};
+
+    use super::*;
+
+    fn run(store: &dyn Store, op: Op, at: u64, length: u64, data: Buffers, unmap: bool) {
+        let mut queue = store.open_queue().unwrap();
+        let range = Range::new(at, length, store.info()).unwrap();
+        let flags = RequestFlags { fua: false, unmap };
+        queue.submit(StoreIo { token: StoreToken(3), op, range, flags, data });
+        assert_eq!((queue.in_flight(), queue.before_sleep()), (1, false));
+        let mut done = Vec::new();
+        queue.poll(&mut done);
+        assert_eq!(done, [StoreDone { token: StoreToken(3), status: Ok(()) }]);
+        assert_eq!((queue.in_flight(), queue.before_sleep()), (0, true));
+    }
+
+    /// Reads into memory that held something else before.
+    fn read(store: &dyn Store, at: u64, length: usize) -> Vec<u8> {
+        let data = filled(length, 0xee);
+        run(store, Op::Read, at, length as u64, data.clone(), false);
+        let mut bytes = vec![0; length];
+        data.read(0, &mut bytes);
+        bytes
+    }
+
+    fn filled(length: usize, byte: u8) -> Buffers {
+        let fd = memfd("guest", length).unwrap();
+        let memory = Arc::new(Mapping::new(&fd, 0, length, Access::ReadWrite).unwrap());
+        let data = Buffers::of(&memory, 0, length, true).unwrap();
+        data.write(0, &vec![byte; length]);
+        data
+    }
+
+    #[test]
+    fn memory_keeps_what_is_written_until_it_is_zeroed() {
+        let store = MemoryStore::new(1 << 20).unwrap();
+        assert_eq!(read(&store, 0, 4096), [0; 4096]);
+        run(&store, Op::Write, 512, 65536, filled(65536, 5), false);
+        run(&store, Op::Flush, 0, 0, Buffers::new(), false);
+        run(&store, Op::Discard, 1024, 16384, Buffers::new(), false);
+        run(&store, Op::WriteZeroes, 20480, 512, Buffers::new(), false);
+        run(&store, Op::WriteZeroes, 24576, 512, Buffers::new(), true);
+        let mut expected = vec![0; 1 << 20];
+        expected[512..512 + 65536].fill(5);
+        expected[1024..1024 + 16384].fill(0);
+        expected[20480..20992].fill(0);
+        expected[24576..25088].fill(0);
+        assert!(read(&store, 0, 1 << 20) == expected);
+        assert_eq!(store.sync(), Ok(()));
+    }
+
+    #[test]
+    fn discarded_memory_goes_back_to_the_system() {
+        let store = MemoryStore::new(1 << 20).unwrap();
+        let file = std::fs::File::from(store.memory.fd.try_clone().unwrap());
+        let blocks = || file.metadata().unwrap().blocks();
+        assert_eq!(blocks(), 0);
+        run(&store, Op::Write, 0, 1 << 20, filled(1 << 20, 5), false);
+        assert_eq!(blocks(), 2048);
+        run(&store, Op::Discard, 0, 1 << 19, Buffers::new(), false);
+        assert_eq!(blocks(), 1024);
+    }
+
+    #[test]
+    fn null_reads_zeroes_whatever_was_written() {
+        let store = NullStore::new(1 << 20).unwrap();
+        run(&store, Op::Write, 0, 4096, filled(4096, 5), false);
+        assert_eq!(read(&store, 0, 4096), [0; 4096]);
+    }
+
+    #[test]
+    fn sizes_that_no_disk_has_are_refused() {
+        for bytes in [0, 1, 513] {
+            let text = MemoryStore::new(bytes).expect_err("no size").to_string();
+            assert!(text.contains(&format!("memory disk of {bytes} bytes")), "{text}");
+            assert!(NullStore::new(bytes).is_err());
+        }
+        assert!(MemoryStore::new(1 << 62).is_err(), "more than there is");
+    }
+}

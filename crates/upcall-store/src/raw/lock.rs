@@ -1,7 +1,12 @@
 //! The image lock: one writer, or any number of readers.
 //!
 //! It is an advisory lock of the open file description (F_OFD_SETLK), so it goes when the last
-//! descriptor does, however the process ends. QEMU locks images in the same way, by single
+//! descriptor does, however the process ends. The kernel may hold a description a little
+//! longer than the process that had it (a ring is taken down in the background, a forked child
+//! has not yet called exec), so a lock is given up explicitly where that can be done, and one
+//! that is in the way is waited for a moment.
+//!
+//! QEMU locks images in the same way, by single
 //! bytes: byte 100 + n is locked, shared, by whoever uses permission n, and byte 200 + n by
 //! whoever forbids it to others. A writer here locks all bytes for itself, which no user of
 //! QEMU's scheme can share; a reader says "I read, nobody may write" in QEMU's words and
@@ -11,6 +16,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 /// QEMU's byte for "reads and relies on what it reads".
 const USES_READ: i64 = 100;
@@ -19,8 +25,34 @@ const USES_WRITE: i64 = 101;
 /// QEMU's byte for "bears no other writer".
 const FORBIDS_WRITE: i64 = 201;
 
+/// How long a lock may outlive its holder.
+const GRACE: Duration = Duration::from_millis(500);
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+
 /// Takes the lock of `file`. `Ok(false)`: somebody else has it in a way that excludes us.
 pub(crate) fn take(file: &File, read_only: bool) -> io::Result<bool> {
+    let is_refused = |result: &io::Result<bool>| matches!(result, Ok(false));
+    with_grace(|| try_take(file, read_only), is_refused)
+}
+
+/// Tries again for a moment while something is in the way.
+pub(crate) fn with_grace<T>(attempt: impl Fn() -> T, is_refused: impl Fn(&T) -> bool) -> T {
+    let start = Instant::now();
+    loop {
+        let result = attempt();
+        if !is_refused(&result) || start.elapsed() > GRACE {
+            return result;
+        }
+        std::thread::sleep(RETRY_INTERVAL);
+    }
+}
+
+/// Gives up all locks of `file`, whoever else has its description open.
+pub(crate) fn release(file: &File) {
+    let _ = set(file, libc::F_UNLCK, 0, 0);
+}
+
+pub(crate) fn try_take(file: &File, read_only: bool) -> io::Result<bool> {
     if !read_only {
         return set(file, libc::F_WRLCK, 0, 0);
     }

@@ -135,13 +135,16 @@ impl RawStore {
         }
         // On a device, O_EXCL keeps out of mounted ones.
         let is_claimed = kind == FileType::BlockDevice && options.lock && !options.read_only;
-        let file = File::options()
-            .read(true)
-            .write(!options.read_only)
-            .custom_flags(libc::O_NONBLOCK | if is_claimed { libc::O_EXCL } else { 0 })
-            .open(&options.path)
-            .map_err(refused)?;
-        RawStore::from_file(file, options)
+        let flags = libc::O_NONBLOCK | if is_claimed { libc::O_EXCL } else { 0 };
+        let open = || {
+            let mut how = File::options();
+            how.read(true).write(!options.read_only).custom_flags(flags).open(&options.path)
+        };
+        let is_busy = |file: &io::Result<File>| matches!(file, Err(error) if error.raw_os_error() == Some(libc::EBUSY));
+        let file = lock::with_grace(open, is_busy).map_err(refused)?;
+        let mut shared = RawStore::prepare(file, &options)?;
+        shared.unlocks = options.lock;
+        RawStore::assemble(shared, options)
     }
 
     /// Uses an image that somebody else opened. The open file description is taken over:
@@ -149,8 +152,13 @@ impl RawStore {
     /// image lock is taken on it (which succeeds if whoever passed it holds the lock through
     /// it).
     pub fn from_file(file: File, options: RawOptions) -> Result<RawStore, OpenError> {
+        let shared = RawStore::prepare(file, &options)?;
+        RawStore::assemble(shared, options)
+    }
+
+    fn prepare(file: File, options: &RawOptions) -> Result<Shared, OpenError> {
         let name = options.name();
-        let target = Target::of(&file, &options)?;
+        let target = Target::of(&file, options)?;
         if options.lock {
             let system = |source| OpenError::System {
                 name: name.clone(),
@@ -162,7 +170,7 @@ impl RawStore {
                 return Err(OpenError::Busy { name, holder, read_only: options.read_only });
             }
         }
-        RawStore::assemble(Shared::new(file, target, name, options.on_failure.clone()), options)
+        Ok(Shared::new(file, target, name, options.on_failure.clone()))
     }
 
     fn assemble(shared: Shared, options: RawOptions) -> Result<RawStore, OpenError> {

@@ -10,6 +10,7 @@ use upcall_block::{DiskInfo, Errno, Status};
 
 use crate::raw::OnFailure;
 use crate::raw::aligned::AlignedMemory;
+use crate::raw::lock;
 use crate::raw::target::{Alignment, Target};
 
 /// Bytes of the block of zeroes that write-zeroes falls back to.
@@ -22,6 +23,8 @@ pub(crate) struct Shared {
     pub alignment: Alignment,
     /// For messages.
     pub name: String,
+    /// The image lock is ours alone, and is given up with the store.
+    pub unlocks: bool,
     /// The file system punches no holes.
     pub no_punch: AtomicBool,
     /// The file system has no fallocate for zeroes.
@@ -34,6 +37,14 @@ pub(crate) struct Shared {
     on_failure: Option<OnFailure>,
     #[cfg(test)]
     pub tap: Option<Tap>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.unlocks {
+            lock::release(&self.file);
+        }
+    }
 }
 
 /// A call that is about to be made.
@@ -68,6 +79,7 @@ impl Shared {
             info: target.info,
             alignment: target.alignment,
             name,
+            unlocks: false,
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             zeroes: OnceLock::new(),

@@ -214,9 +214,9 @@ impl Drop for UringQueue {
             if self.turn(&mut out).is_err() {
                 // Not the ring's thread. If that has ended, its calls ended with it and were
                 // reaped just now. Otherwise nobody here can wait for them: the kernel may
-                // write this memory at any time, so it is never freed.
+                // write this memory at any time, so it is never freed, nor the image unlocked.
                 if self.in_kernel > 0 {
-                    std::mem::forget(std::mem::take(&mut self.slots));
+                    std::mem::forget((std::mem::take(&mut self.slots), self.shared.clone()));
                 }
                 return;
             }
@@ -224,8 +224,6 @@ impl Drop for UringQueue {
                 sleep_on(self.inbox.doorbell());
             }
         }
-        // Closing a ring lets go of its files some time later; the image lock must go now.
-        let _ = self.ring.submitter().unregister_files();
     }
 }
 

@@ -85,6 +85,12 @@ fn a_block_device_does_every_operation() {
             bytes[(3 << 20) - 8192..][..65536].fill(0);
             assert!(disk.read(8192, 4 << 20).unwrap() == bytes);
             assert_eq!(disk.read((8 << 20) - 4096, 4096), Ok(vec![0; 4096]));
+            drop(disk);
+            for _ in 0..10 {
+                let again = RawStore::open(options(&device.0, engine, direct)).unwrap();
+                let mut disk = Disk::new(again);
+                assert_eq!(disk.run(Op::Discard, 0, 4096, PLAIN), Ok(()));
+            }
         }
     }
 }

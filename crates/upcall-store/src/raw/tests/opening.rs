@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 
 use crate::OpenError;
+use crate::raw::lock;
 
 use super::*;
 
@@ -107,7 +108,7 @@ fn an_image_has_one_writer_or_many_readers_and_the_message_names_the_holder() {
 fn locks_of_qemu_are_understood() {
     let dir = TempDir::new();
     let path = dir.image(1 << 20);
-    let lock = |file: &File, kind: i32, byte: i64| {
+    let set = |file: &File, kind: i32, byte: i64| {
         let mut lock = libc::flock {
             l_type: kind as libc::c_short,
             l_whence: 0,
@@ -124,7 +125,7 @@ fn locks_of_qemu_are_understood() {
     // A virtual machine that reads (100) and writes (101), and bears no other writer (201).
     let qemu = File::options().read(true).write(true).open(&path).unwrap();
     for byte in [100, 101, 201] {
-        assert!(lock(&qemu, libc::F_RDLCK, byte));
+        assert!(set(&qemu, libc::F_RDLCK, byte));
     }
     assert!(matches!(open(false), Err(OpenError::Busy { .. })));
     assert!(matches!(open(true), Err(OpenError::Busy { .. })));
@@ -133,16 +134,16 @@ fn locks_of_qemu_are_understood() {
     // One that only reads, as ours do.
     let qemu = File::open(&path).unwrap();
     for byte in [100, 201] {
-        assert!(lock(&qemu, libc::F_RDLCK, byte));
+        assert!(set(&qemu, libc::F_RDLCK, byte));
     }
     assert!(matches!(open(false), Err(OpenError::Busy { .. })));
     let reader = open(true).unwrap();
     // What keeps a writing QEMU out: it asks whether it could lock byte 201 alone.
     let writing = File::options().read(true).write(true).open(&path).unwrap();
-    assert!(!lock(&writing, libc::F_WRLCK, 201));
+    assert!(!set(&writing, libc::F_WRLCK, 201));
     drop((qemu, reader));
     let _writer = open(false).unwrap();
-    assert!(!lock(&writing, libc::F_RDLCK, 100));
+    assert!(!set(&writing, libc::F_RDLCK, 100));
 }
 
 #[test]
@@ -154,8 +155,27 @@ fn the_image_is_free_as_soon_as_the_store_and_its_queues_are_gone() {
             let mut disk = Disk::new(RawStore::open(options(&path, engine, true)).unwrap());
             disk.write(0, &[1; 4096]).unwrap();
             disk.run(Op::Discard, 0, 4096, PLAIN).unwrap();
+            drop(disk);
+            // At once, without the moment of grace that a store gives.
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            assert!(lock::try_take(&file, false).unwrap(), "{engine:?}");
+            lock::release(&file);
         }
     }
+}
+
+#[test]
+fn a_lock_that_outlives_its_holder_is_waited_for() {
+    let dir = TempDir::new();
+    let path = dir.image(1 << 20);
+    let holder = File::options().read(true).write(true).open(&path).unwrap();
+    assert!(lock::try_take(&holder, false).unwrap());
+    let late = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(holder);
+    });
+    RawStore::open(RawOptions::new(&path)).unwrap();
+    late.join().unwrap();
 }
 
 /// Forbids io_uring to this thread and those it starts, as containers do.
