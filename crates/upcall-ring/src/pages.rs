@@ -129,7 +129,7 @@ mod tests {
     fn world(seed: u64) {
         let mut random = Random(seed);
         let count = 1 + random.below(300);
-        let longest = 1 + random.below(count.min(1 + random.below(200)));
+        let longest = count.min(1 + random.below(200));
         let frees = 1 + random.below(8);
         let mut pages = Pages::new(count);
         let mut reference = Reference { used: vec![false; count as usize], next: 0 };

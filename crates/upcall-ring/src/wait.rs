@@ -28,11 +28,6 @@ pub enum Turn {
 }
 
 /// The figures a [`Waiter`] works with, in nanoseconds where not said otherwise.
-///
-/// The defaults are tuned for small hosts: the worker's threads, filter hosts and the
-/// guest's processors share a few cores, sleeping and waking across cores takes about
-/// 35 µs, a switch between threads on one core about 1 µs. For a host with a core to spare
-/// for each thread, a larger `budget_max_ns` buys latency.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WaitLimits {
     /// Longest time to look before sleeping; the most an idle wait can burn.
@@ -54,17 +49,25 @@ pub struct WaitLimits {
     pub misses_forgotten: u32,
 }
 
+impl WaitLimits {
+    /// The default, tuned for small hosts: the worker's threads, filter hosts and the
+    /// guest's processors share a few cores; a sleep and a wake-up across cores takes about
+    /// 35 µs, a switch between threads on one core about 1 µs. A host with a core to spare
+    /// for each thread gains latency by a larger `budget_max_ns`.
+    pub const SMALL_HOST: WaitLimits = WaitLimits {
+        budget_max_ns: 50_000,
+        budget_step_ns: 5_000,
+        short_sleep_ns: 150_000,
+        slow_yield_ns: 1_000,
+        patience: 16,
+        misses_max: 8,
+        misses_forgotten: 128,
+    };
+}
+
 impl Default for WaitLimits {
     fn default() -> Self {
-        WaitLimits {
-            budget_max_ns: 50_000,
-            budget_step_ns: 5_000,
-            short_sleep_ns: 150_000,
-            slow_yield_ns: 1_000,
-            patience: 16,
-            misses_max: 8,
-            misses_forgotten: 128,
-        }
+        WaitLimits::SMALL_HOST
     }
 }
 
@@ -194,15 +197,7 @@ impl Waiter {
 mod tests {
     use super::*;
 
-    const LIMITS: WaitLimits = WaitLimits {
-        budget_max_ns: 50_000,
-        budget_step_ns: 5_000,
-        short_sleep_ns: 150_000,
-        slow_yield_ns: 1_000,
-        patience: 16,
-        misses_max: 8,
-        misses_forgotten: 128,
-    };
+    const LIMITS: WaitLimits = WaitLimits::SMALL_HOST;
     const POLL_NS: u64 = 50;
     const WAKE_NS: u64 = 35_000;
 
