@@ -105,7 +105,7 @@ impl SharedMemory {
     }
 
     fn atomic(&self, offset: usize) -> &AtomicU16 {
-        assert!(offset % 2 == 0, "unaligned index");
+        assert!(offset.is_multiple_of(2), "unaligned index");
         let place = self.pointer(offset, 2).cast::<u16>();
         // SAFETY: in the mapping, aligned (mappings begin at pages), and accessed in no
         // other way while rings are live.

@@ -19,7 +19,7 @@ impl Pattern {
     /// Fills `bytes`, whole sectors from `sector` on, as write number `stamp` wrote them.
     /// Stamp 0 is a sector never written: zeroes.
     pub fn fill(self, sector: u64, stamp: u32, bytes: &mut [u8]) {
-        assert!(bytes.len() % SECTOR == 0);
+        assert!(bytes.len().is_multiple_of(SECTOR));
         for (index, part) in bytes.chunks_exact_mut(SECTOR).enumerate() {
             if stamp == 0 {
                 part.fill(0);

@@ -443,6 +443,11 @@ impl RawClient {
         self.rings[queue].used_index
     }
 
+    /// The index that the device's used ring has reached.
+    pub fn device_index(&self, queue: usize) -> u16 {
+        self.memory.load_u16(self.rings[queue].used + 2)
+    }
+
     /// Tells the device to look, whatever it asked for.
     pub fn kick(&self, queue: usize) {
         rustix::io::write(&self.rings[queue].kick, &1u64.to_ne_bytes()).unwrap();

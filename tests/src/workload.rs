@@ -66,6 +66,15 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// Makes the client's disk hold zeroes: what a new image holds is not zeroes to who
+    /// reads it through a filter that changes data.
+    pub fn on(seed: u64, client: &mut dyn Client) -> Workload {
+        let length = client.capacity();
+        let zeroes = Io::WriteZeroes { offset: 0, length, unmap: false };
+        assert_eq!(client.run(0, zeroes), Outcome::Ok, "{zeroes:?}");
+        Workload::new(seed, length)
+    }
+
     /// A disk of `capacity` bytes that holds zeroes.
     pub fn new(seed: u64, capacity: u64) -> Workload {
         eprintln!("workload: UPCALL_SEED={seed}");
