@@ -54,6 +54,13 @@ pub struct Refused<D> {
     pub done: D,
 }
 
+impl<D: FnOnce(Issued)> Refused<D> {
+    /// Calls `done`, as if the request had been issued and had failed.
+    pub fn finish(self) {
+        (self.done)(Issued { result: Err(self.errno), buffer: self.issue.buffer });
+    }
+}
+
 impl Issue {
     /// Fills the buffer from the disk.
     pub fn read(offset: u64, buffer: Buffer) -> Issue {
