@@ -13,7 +13,7 @@
 //! | DESCRIBE | worker | – | – | DESCRIPTION: JSON; or RESULT: why the filter cannot be used |
 //! | ARENA | worker | u64 size, u32 writable, u32 0; `id` = disk | the arena | RESULT |
 //! | ISSUE_ARENA | worker | u64 size | the issue arena | RESULT |
-//! | CHANNEL | worker | `id` = channel number, counting from 0 | ring memfd, doorbell of the filter host, doorbell of the worker | RESULT |
+//! | CHANNEL | worker | `id` = channel number, counting from 0; `value` = disk whose queue it serves | ring memfd, doorbell of the filter host, doorbell of the worker | RESULT |
 //! | LOAD | worker | – | – | RESULT of the filter's `load` |
 //! | OPEN | worker | [`Open`], its disks, its parameters; `id` = instance | counters memfd, then files of parameters | RESULT of the filter's `open` |
 //! | START | worker | – | – | RESULT; from then on the channels are served |
@@ -24,7 +24,9 @@
 //! | RESULT | host | text for people, may be empty; `id` = 0 or a negative errno as u32 | – | |
 //! | LOG | host | text; `id` = instance or u32::MAX; `value` = level | – | |
 //!
-//! The worker says ARENA, ISSUE_ARENA, CHANNEL, LOAD, OPEN in this order, then START.
+//! The worker says ARENA, ISSUE_ARENA, CHANNEL, LOAD, OPEN in this order, then START. Later,
+//! it may OPEN and CLOSE instances, and add ARENAs and CHANNELs (served after another START).
+//! Numbers of disks and channels are below 1024, those of instances below 4096.
 //!
 //! **OPEN** carries, after [`Open`], for the own disk and each granted one a [`Disk`], then
 //! `parameters` parameters: u16 length of name, u16 length of value, u32 descriptor (index

@@ -9,6 +9,7 @@
 #include "host.h"
 
 #include <stdlib.h>
+#include <sys/prctl.h>
 
 void uh_pool_init(struct uh_pool *pool) {
     pthread_mutex_init(&pool->lock, NULL);
@@ -34,6 +35,7 @@ static struct uh_job *next_job(struct uh_pool *pool) {
 static void *pool_thread(void *arg) {
     struct upcall_host *host = arg;
     struct uh_pool *pool = &host->pool;
+    prctl(PR_SET_NAME, "upcall-blocking");
     uh_current_host = host;
     pthread_mutex_lock(&pool->lock);
     for (struct uh_job *job; (job = next_job(pool));) {
@@ -56,7 +58,7 @@ static int put(struct upcall_host *host, struct uh_job *job) {
         waiting++;
     if (waiting > pool->idle && pool->thread_count < UH_POOL_THREADS) {
         pthread_t *thread = &pool->threads[pool->thread_count];
-        if (uh_thread_start(thread, "upcall-blocking", pool_thread, host) == 0)
+        if (uh_thread_start(thread, pool_thread, host) == 0)
             pool->thread_count++;
     }
     if (pool->thread_count == 0)

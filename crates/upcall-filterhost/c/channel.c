@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -104,6 +105,8 @@ static void ring_if_due(struct uh_channel *channel) {
 static void sleep_for_room(struct uh_channel *channel, uint32_t turn) {
     if (turn == 0)
         ring_worker(channel); /* it may sleep with our entries not yet announced */
+    if (turn == 0 && uh_current_channel == channel && !channel->host->inline_mode)
+        release_submissions(channel); /* or wait for room on its side, within this batch */
     if (turn < 100)
         sched_yield();
     else
@@ -214,6 +217,7 @@ static void wait_for_submission(struct uh_channel *channel) {
 
 static void *channel_thread(void *arg) {
     struct uh_channel *channel = arg;
+    prctl(PR_SET_NAME, "upcall-channel");
     uh_current_host = channel->host;
     uh_current_channel = channel;
     channel->patience_ns = PATIENCE_MIN_NS;
@@ -225,15 +229,14 @@ static void *channel_thread(void *arg) {
 
 /* ---- all of them ---- */
 
-int uh_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *arg) {
+/* The thread names itself: naming another one would open a file of /proc. */
+int uh_thread_start(pthread_t *thread, void *(*run)(void *), void *arg) {
     /* Signals are for the threads that were here before us: inline, the worker's. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (error == 0)
-        pthread_setname_np(*thread, name);
     return error;
 }
 
@@ -249,7 +252,7 @@ int uh_channels_start(struct upcall_host *host) {
     FOR_EACH_CHANNEL(host, channel) {
         if (channel->served)
             continue;
-        int error = uh_thread_start(&channel->thread, "upcall-channel", channel_thread, channel);
+        int error = uh_thread_start(&channel->thread, channel_thread, channel);
         if (error)
             return uh_fail(host, -error, "cannot start a thread: %s", strerror(error));
         channel->served = true;

@@ -316,7 +316,7 @@ void uh_channel_commit(struct uh_channel *channel, const struct wire_completion 
 void uh_channel_cancel(struct uh_channel *channel); /* reserve, undone */
 /* Whether this thread is the one that empties the completion ring. */
 bool uh_channel_is_ours(const struct uh_channel *channel);
-int uh_thread_start(pthread_t *thread, const char *name, void *(*run)(void *), void *arg);
+int uh_thread_start(pthread_t *thread, void *(*run)(void *), void *arg);
 
 /* request.c */
 int uh_deliver(struct uh_channel *channel, const struct wire_submission *in,

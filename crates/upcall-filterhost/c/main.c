@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 /*
  * The filter host's executable: control socket at descriptor 3, the filter's shared
- * object at descriptor 4. Takes no arguments and reads no environment.
+ * object at descriptor 4. Takes no notice of arguments and environment.
  *
  * It ends when the worker says QUIT, closes the socket or dies. Signals that a
  * terminal or a service manager sends to a whole group are ignored: the worker
@@ -10,11 +10,15 @@
 #include "host.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+/* Enough that queue threads rarely meet in malloc. */
+#define MALLOC_ARENAS 8
 
 int main(void) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -22,6 +26,9 @@ int main(void) {
     const int ignored[] = { SIGPIPE, SIGINT, SIGTERM, SIGHUP };
     for (size_t i = 0; i < sizeof(ignored) / sizeof(*ignored); i++)
         signal(ignored[i], SIG_IGN);
+
+    /* Said here, malloc need not read the number of processors from /sys once there are threads. */
+    mallopt(M_ARENA_MAX, MALLOC_ARENAS);
 
     int type = 0;
     socklen_t length = sizeof(type);

@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -186,6 +187,7 @@ static void *timer_thread(void *arg) {
     struct upcall_host *host = arg;
     struct uh_timers *timers = &host->timers;
     struct looks looks = { 0 };
+    prctl(PR_SET_NAME, "upcall-timers");
     uh_current_host = host;
     pthread_mutex_lock(&timers->lock);
     while (!timers->stop) {
@@ -203,7 +205,7 @@ static void *timer_thread(void *arg) {
 static bool start_thread(struct upcall_host *host) {
     struct uh_timers *timers = &host->timers;
     if (!timers->started && !timers->stop)
-        timers->started = uh_thread_start(&timers->thread, "upcall-timers", timer_thread, host) == 0;
+        timers->started = uh_thread_start(&timers->thread, timer_thread, host) == 0;
     return timers->started;
 }
 
