@@ -26,7 +26,7 @@ const USES_WRITE: i64 = 101;
 const FORBIDS_WRITE: i64 = 201;
 
 /// How long a lock may outlive its holder.
-const GRACE: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Takes the lock of `file`. `Ok(false)`: somebody else has it in a way that excludes us.

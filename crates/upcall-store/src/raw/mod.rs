@@ -183,15 +183,18 @@ impl RawStore {
         })?;
         let store =
             RawStore { shared, flusher: Arc::new(flusher), options, no_uring: Mutex::new(None) };
-        // A queue on trial, so that the operator hears now what a guest would feel later.
-        match (store.options.engine, store.uring_queue()) {
-            (Engine::IoUring, Err(source)) => Err(OpenError::NoIoUring { name, source }),
-            (Engine::Auto, Err(error)) => {
-                store.go_without_uring(&error);
-                Ok(store)
-            }
-            _ => Ok(store),
+        if store.options.engine == Engine::Threads {
+            return Ok(store);
         }
+        // A queue on trial, so that the operator hears now what a guest would feel later.
+        match store.uring_queue() {
+            Err(source) if store.options.engine == Engine::IoUring => {
+                return Err(OpenError::NoIoUring { name, source });
+            }
+            Err(error) => store.go_without_uring(&error),
+            Ok(_) => {}
+        }
+        Ok(store)
     }
 
     /// Since when the store refuses everything that writes: what the failed flush said.

@@ -59,7 +59,8 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        // The kernel may hold the image a little longer than the store; lazily it goes later.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
 }
 
