@@ -82,9 +82,9 @@ impl Description {
         self.changes | self.answers != 0
     }
 
-    /// Whether it needs to see any data.
+    /// Whether it is shown any data; if not, it gets no arena.
     pub fn wants_data(&self) -> bool {
-        self.sees | self.changes | (self.answers & READ_WRITE) != 0
+        self.sees != 0 || self.writes_data()
     }
 
     /// Whether its pages are mapped for writing: it changes data, or answers reads.
@@ -298,6 +298,26 @@ pub(crate) mod tests {
         assert!(description.decides() && description.writes_data() && !description.issues());
         assert_eq!(description.params[0].name, "key");
         assert_eq!(description.params[0].kind, ParamType::Int);
+    }
+
+    #[test]
+    fn pages_are_for_those_who_asked_and_writable_for_those_who_change() {
+        let (read, write) = (2, 4);
+        for (sees, changes, answers, wants, writes) in [
+            (0, 0, 0, false, false),
+            (read, 0, 0, true, false),
+            (0, write, 0, true, true),
+            (0, 0, read, true, true),
+            (0, 0, write, false, false),
+        ] {
+            let mut masks = sample();
+            masks["ops"] = json!(14);
+            (masks["sees"], masks["changes"]) = (json!(sees), json!(changes));
+            masks["answers"] = json!(answers);
+            let description = parse(&masks).unwrap();
+            let found = (description.wants_data(), description.writes_data());
+            assert_eq!(found, (wants, writes), "{sees} {changes} {answers}");
+        }
     }
 
     #[test]

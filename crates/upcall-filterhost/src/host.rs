@@ -143,7 +143,7 @@ enum Answer {
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a host that closed its socket may take to end, so that we can say how it did.
-const END_PATIENCE: Duration = Duration::from_millis(500);
+const END_PATIENCE: Duration = Duration::from_secs(1);
 const TEXT_MAX: usize = 600;
 
 impl HostProcess {
