@@ -1,0 +1,121 @@
+//! The one definition of the command line: parser, help, manual pages and completions all
+//! come from here. Parsing checks form and never acts.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::serve::{DiskSpec, FilterOnDisk};
+
+/// Data services in the IO path of a virtual machine's disks
+#[derive(Debug, Parser)]
+#[command(name = "upcall", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Serve(ServeArgs),
+}
+
+/// Serve the disks of one virtual machine, in the foreground
+///
+/// Each disk is a vhost-user-blk device on a socket of its own; its requests pass the filters
+/// given for it. Prints what each disk offers, its chain, and the arguments for QEMU and
+/// libvirt, then a line `ready`. SIGTERM and Ctrl-C end it in order: frontends, requests in
+/// flight, filters, a last flush. A second signal ends it at once.
+#[derive(Debug, Args)]
+#[command(after_long_help = SERVE_EXAMPLES)]
+pub struct ServeArgs {
+    /// A disk: name=NAME, one of file=PATH, memory=SIZE or null=SIZE, and any of the words below
+    ///
+    /// Commas in values are doubled. Words:
+    ///
+    /// name=NAME: in messages and for --filter; letters, digits, -, _ and .
+    /// file=PATH: a raw image file or block device.
+    /// memory=SIZE: memory, lost at the end. null=SIZE: reads zeroes, forgets writes.
+    /// format=raw: the only format served; formats are never probed.
+    /// socket=PATH: where QEMU connects (default: ./NAME.sock).
+    /// fd=N: an inherited listening socket instead. Sockets that systemd hands over are
+    /// taken by their FileDescriptorName=, which is the disk's name, or in order.
+    /// mode=0660: permissions of the socket.
+    /// queues=4: queues, each with a thread; 1 to 64.
+    /// queue-size=256: largest ring; a power of two, 2 to 1024.
+    /// direct=on|off: O_DIRECT, past the host's page cache (default: on).
+    /// readonly=on|off: refuse writes (default: off).
+    /// engine=auto|io_uring|threads: how a file is read and written (default: auto).
+    /// serial=TEXT: the disk's serial number, at most 20 bytes (default: its name).
+    /// write-cache=on|off: off makes each write durable before it completes (default: on).
+    ///
+    /// A disk without socket= and fd= that a filter is granted is there for that filter alone.
+    #[arg(long, value_name = "WORDS", required_unless_present = "config",
+          value_parser = DiskSpec::from_words, verbatim_doc_comment)]
+    pub disk: Vec<DiskSpec>,
+
+    /// A filter on a disk: disk=NAME, file=PATH, and any of the words below
+    ///
+    /// disk=NAME: which disk. file=PATH: the filter's shared object.
+    /// order=0: its place among filters of its class; smaller is nearer to the guest.
+    /// placement=isolated|inline: in a process of its own (default), or, for a filter that is
+    /// trusted as this program is, in the worker.
+    /// grant=DISK: a disk that it may issue requests to; may be repeated.
+    /// param.NAME=VALUE: a parameter; `upcall filter info` lists them.
+    #[arg(long, value_name = "WORDS", value_parser = FilterOnDisk::from_words,
+          verbatim_doc_comment)]
+    pub filter: Vec<FilterOnDisk>,
+
+    /// Disks and filters from a TOML file: the same words, as [[disk]] and [[disk.filter]]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Where the page of live counters goes, for `upcall top` [default: beside the first socket]
+    #[arg(long, value_name = "PATH")]
+    pub stats: Option<PathBuf>,
+
+    /// How long requests that a filter holds may take to end when a disk stops, before they
+    /// are cancelled
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 2000)]
+    pub drain_ms: u64,
+
+    /// The least important messages to show
+    #[arg(long, value_enum, default_value_t = Level::Info)]
+    pub log_level: Level,
+}
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  upcall serve --disk name=root,file=disk.img
+  upcall serve --disk name=root,file=disk.img,socket=/run/vm1/root.sock,queues=2 \\
+      --filter disk=root,file=/usr/lib/upcall/libupcall_throttle.so,param.iops=500
+  upcall serve --config vm1.toml
+
+vm1.toml:
+  [[disk]]
+  name = \"root\"
+  file = \"disk.img\"
+
+  [[disk.filter]]
+  file = \"/usr/lib/upcall/libupcall_throttle.so\"
+  params = { iops = 500 }";
+
+/// Levels of messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

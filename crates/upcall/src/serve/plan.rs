@@ -1,0 +1,155 @@
+//! From what is asked for to what a worker is told, with the defaults filled in.
+
+use std::path::PathBuf;
+
+use upcall_worker::{DiskConfig, Engine, FrontendConfig, Placement, SlotConfig, StoreConfig};
+
+use super::sockets::{self, HandedOver};
+use super::spec::{DiskSpec, FilterSpec};
+use crate::failure::Failure;
+
+/// Guests with up to four processors get a queue for each; more queues cost a thread each.
+const QUEUES: u16 = 4;
+/// As QEMU's own default for vhost-user-blk has it, doubled: room for indirect descriptors.
+const QUEUE_SIZE: u16 = 256;
+const SERIAL_MAX: usize = 20;
+
+/// What a worker is told, and where each disk is found.
+pub struct Plan {
+    pub disks: Vec<DiskConfig>,
+    pub places: Vec<Place>,
+}
+
+/// Where a guest finds a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A socket at this path.
+    Path(PathBuf),
+    /// An inherited socket whose path nobody told us.
+    Inherited,
+    /// It is there for filters alone.
+    Granted,
+}
+
+/// Plans for all disks.
+pub fn make(specs: Vec<DiskSpec>) -> Result<Plan, Failure> {
+    let granted: Vec<String> = specs
+        .iter()
+        .flat_map(|disk| &disk.filter)
+        .flat_map(|filter| filter.grant.clone())
+        .collect();
+    let is_free = |disk: &DiskSpec| disk.socket.is_none() && disk.fd.is_none();
+    let is_granted = |disk: &DiskSpec| is_free(disk) && granted.contains(&disk.name);
+    let wants: Vec<&str> = specs
+        .iter()
+        .filter(|disk| is_free(disk) && !is_granted(disk))
+        .map(|disk| disk.name.as_str())
+        .collect();
+    let mut handed_over = HandedOver::take().share_out(&wants)?.into_iter();
+    let (mut disks, mut places) = (Vec::new(), Vec::new());
+    for spec in specs {
+        if is_granted(&spec) {
+            places.push(Place::Granted);
+            disks.push(disk_of(spec, None, 0));
+            continue;
+        }
+        let inherited = if is_free(&spec) { handed_over.next().flatten() } else { None };
+        let (socket, path) = sockets::of(&spec, inherited)?;
+        let frontend = FrontendConfig {
+            socket,
+            queue_size: spec.queue_size.map_or(QUEUE_SIZE, |given| given.0),
+            serial: spec.serial.clone().unwrap_or_else(|| usual_serial(&spec.name)),
+            write_cache: spec.write_cache.is_none_or(|given| given.0),
+        };
+        places.push(path.map_or(Place::Inherited, Place::Path));
+        disks.push(disk_of(spec, Some(frontend), QUEUES));
+    }
+    Ok(Plan { disks, places })
+}
+
+fn disk_of(spec: DiskSpec, frontend: Option<FrontendConfig>, queues: u16) -> DiskConfig {
+    DiskConfig {
+        store: store_of(&spec),
+        read_only: spec.readonly.is_some_and(|given| given.0),
+        queues: spec.queues.map_or(queues, |given| given.0),
+        frontend,
+        chain: spec.filter.into_iter().map(slot_of).collect(),
+        name: spec.name,
+    }
+}
+
+fn store_of(spec: &DiskSpec) -> StoreConfig {
+    match (&spec.file, spec.memory, spec.null) {
+        (Some(path), ..) => StoreConfig::Raw {
+            path: path.clone(),
+            direct: spec.direct.is_none_or(|given| given.0),
+            engine: spec.engine.map_or(Engine::Auto, |given| given.0),
+        },
+        (None, Some(size), _) => StoreConfig::Memory { bytes: size.0.0 },
+        (None, None, Some(size)) => StoreConfig::Null { bytes: size.0.0 },
+        (None, None, None) => unreachable!("checked when it was read"),
+    }
+}
+
+fn slot_of(spec: FilterSpec) -> SlotConfig {
+    SlotConfig {
+        filter: spec.file,
+        order: spec.order.map_or(0, |given| given.0),
+        placement: spec.placement.map_or(Placement::Isolated, |given| given.0),
+        params: spec.params,
+        grants: spec.grant,
+    }
+}
+
+/// As much of the name as a serial number holds.
+fn usual_serial(name: &str) -> String {
+    let mut end = name.len().min(SERIAL_MAX);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(words: &[&str]) -> Plan {
+        make(words.iter().map(|words| DiskSpec::from_words(words).unwrap()).collect()).unwrap()
+    }
+
+    #[test]
+    fn a_disk_has_usual_values() {
+        let plan = plan(&["name=root,file=a.img"]);
+        let disk = &plan.disks[0];
+        assert_eq!(plan.places, [Place::Path("./root.sock".into())]);
+        assert_eq!((disk.queues, disk.read_only), (4, false));
+        let frontend = disk.frontend.as_ref().unwrap();
+        assert_eq!((frontend.queue_size, frontend.write_cache), (256, true));
+        assert_eq!(frontend.serial, "root");
+        assert!(matches!(disk.store, StoreConfig::Raw { direct: true, .. }));
+    }
+
+    #[test]
+    fn a_granted_disk_has_no_frontend_unless_it_says_where() {
+        let mut disks: Vec<DiskSpec> = ["name=a,memory=1M", "name=b,memory=1M"]
+            .map(|words| DiskSpec::from_words(words).unwrap())
+            .into();
+        let filter = super::super::FilterOnDisk::from_words("disk=a,file=f.so,grant=b").unwrap();
+        filter.join(&mut disks).unwrap();
+        let mut with_socket = disks.clone();
+        let plan = make(disks).unwrap();
+        assert_eq!(plan.places[1], Place::Granted);
+        assert!(plan.disks[1].frontend.is_none() && plan.disks[1].queues == 0);
+        with_socket[1].socket = Some("b.sock".into());
+        let plan = make(with_socket).unwrap();
+        assert_eq!(plan.places[1], Place::Path("b.sock".into()));
+        assert!(plan.disks[1].frontend.is_some() && plan.disks[1].queues == 4);
+    }
+
+    #[test]
+    fn a_long_name_is_cut_for_the_serial_number() {
+        assert_eq!(usual_serial("a-name-of-more-than-twenty"), "a-name-of-more-than-");
+        assert_eq!(usual_serial("ääääääääääé"), "ääääääääää");
+    }
+}

@@ -1,0 +1,295 @@
+//! Disks and filters as an operator asks for them. One definition for flags and TOML: the
+//! fields are the words. Nothing is opened or looked up here.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::value::{Error as WordError, MapDeserializer};
+use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use upcall_worker::{Engine, Placement};
+
+use super::value::{Given, Mode, Raw, Size, Text};
+use crate::failure::Failure;
+use crate::words::{self, Word};
+
+/// A disk that is asked for.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskSpec {
+    pub name: String,
+    pub file: Option<PathBuf>,
+    pub memory: Option<Given<Size>>,
+    pub null: Option<Given<Size>>,
+    /// Checked when it is read; there is nothing to choose.
+    #[serde(rename = "format")]
+    _format: Option<Given<Raw>>,
+    pub socket: Option<PathBuf>,
+    pub fd: Option<Given<u16>>,
+    pub mode: Option<Given<Mode>>,
+    pub queues: Option<Given<u16>>,
+    pub queue_size: Option<Given<u16>>,
+    pub direct: Option<Given<bool>>,
+    pub readonly: Option<Given<bool>>,
+    pub engine: Option<Given<Engine>>,
+    pub serial: Option<String>,
+    pub write_cache: Option<Given<bool>>,
+    #[serde(default)]
+    pub filter: Vec<FilterSpec>,
+}
+
+impl DiskSpec {
+    /// From the words of `--disk`.
+    pub fn from_words(text: &str) -> Result<DiskSpec, String> {
+        let disk: DiskSpec = from_words(words::split(text)?)?;
+        disk.check()?;
+        Ok(disk)
+    }
+
+    /// What no single word can tell.
+    pub fn check(&self) -> Result<(), String> {
+        let name = &self.name;
+        let stores =
+            [self.file.is_some(), self.memory.is_some(), self.null.is_some()].map(usize::from);
+        match stores.iter().sum::<usize>() {
+            1 => {}
+            0 => {
+                return Err(format!(
+                    "disk {name} has no data: give it file=PATH, memory=SIZE or null=SIZE"
+                ));
+            }
+            _ => return Err(format!("disk {name}: give only one of file, memory and null")),
+        }
+        if self.socket.is_some() && self.fd.is_some() {
+            return Err(format!("disk {name}: give only one of socket and fd"));
+        }
+        if self.fd.is_some() && self.mode.is_some() {
+            return Err(format!("disk {name}: the mode of an inherited socket is its maker's"));
+        }
+        if self.file.is_none() && (self.direct.is_some() || self.engine.is_some()) {
+            return Err(format!("disk {name}: direct and engine are for disks with file"));
+        }
+        Ok(())
+    }
+}
+
+/// A filter that is asked for.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FilterSpec {
+    pub file: PathBuf,
+    pub order: Option<Given<i32>>,
+    pub placement: Option<Given<Placement>>,
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub grant: Vec<String>,
+    #[serde(default, deserialize_with = "in_order")]
+    pub params: Vec<Word>,
+}
+
+/// A filter and the name of the disk it is for: one `--filter`.
+#[derive(Clone, Debug)]
+pub struct FilterOnDisk {
+    disk: String,
+    filter: FilterSpec,
+}
+
+impl FilterOnDisk {
+    /// From the words of `--filter`.
+    pub fn from_words(text: &str) -> Result<FilterOnDisk, String> {
+        let (mut disk, mut grants, mut params, mut rest) = (None, vec![], vec![], vec![]);
+        for (key, value) in words::split(text)? {
+            match key.strip_prefix("param.") {
+                Some("") => return Err("param. needs a name: param.NAME=VALUE".into()),
+                Some(name) => params.push((name.to_owned(), value)),
+                None if key == "params" => return Err("write param.NAME=VALUE".into()),
+                None if key == "grant" => grants.push(value),
+                None if key == "disk" && disk.is_some() => return Err("disk is given twice".into()),
+                None if key == "disk" => disk = Some(value),
+                None => rest.push((key, value)),
+            }
+        }
+        let disk = disk.ok_or("disk=NAME is missing: which disk is it for?")?;
+        let filter = FilterSpec { grant: grants, params, ..from_words(rest)? };
+        Ok(FilterOnDisk { disk, filter })
+    }
+
+    /// Puts it on its disk.
+    pub fn join(self, disks: &mut [DiskSpec]) -> Result<(), Failure> {
+        let FilterOnDisk { disk: name, filter } = self;
+        if let Some(disk) = disks.iter_mut().find(|disk| disk.name == name) {
+            disk.filter.push(filter);
+            return Ok(());
+        }
+        let known: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+        Err(Failure::new(format_args!(
+            "filter {}: there is no disk {name:?}; the disks are: {}",
+            filter.file.display(),
+            known.join(", ")
+        )))
+    }
+}
+
+fn from_words<'de, T: Deserialize<'de>>(words: Vec<Word>) -> Result<T, String> {
+    let fields = words.into_iter().map(|(key, value)| {
+        let field = Field { key: key.clone(), value };
+        (key, field)
+    });
+    T::deserialize(MapDeserializer::new(fields)).map_err(|error: WordError| error.to_string())
+}
+
+/// The value of a word; errors name the word.
+struct Field {
+    key: String,
+    value: String,
+}
+
+impl IntoDeserializer<'_> for Field {
+    type Deserializer = Field;
+
+    fn into_deserializer(self) -> Field {
+        self
+    }
+}
+
+impl<'de> Deserializer<'de> for Field {
+    type Error = WordError;
+
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, WordError> {
+        let key = self.key;
+        let named = |error: WordError| WordError::custom(format!("{key}: {error}"));
+        visitor.visit_string(self.value).map_err(named)
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, WordError> {
+        visitor.visit_some(self)
+    }
+
+    serde::forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf unit
+        unit_struct newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+    }
+}
+
+/// `"x"` or `["x", "y"]`.
+fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    struct Visit;
+    impl<'de> Visitor<'de> for Visit {
+        type Value = Vec<String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a name or a list of names")
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<Vec<String>, E> {
+            Ok(vec![text.to_owned()])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<String>, A::Error> {
+            let mut names = Vec::new();
+            while let Some(name) = seq.next_element()? {
+                names.push(name);
+            }
+            Ok(names)
+        }
+    }
+    deserializer.deserialize_any(Visit)
+}
+
+/// A table of parameters, in its order.
+fn in_order<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Word>, D::Error> {
+    struct Visit;
+    impl<'de> Visitor<'de> for Visit {
+        type Value = Vec<Word>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a table of parameters")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vec<Word>, A::Error> {
+            let mut params = Vec::new();
+            while let Some((name, Given(Text(value)))) = map.next_entry()? {
+                params.push((name, value));
+            }
+            Ok(params)
+        }
+    }
+    deserializer.deserialize_map(Visit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_of_a_disk_is_read() {
+        let disk = DiskSpec::from_words(
+            "name=root,file=/a,,b.img,format=raw,socket=s,mode=0600,queues=2,queue-size=128,\
+             direct=off,readonly=on,engine=threads,serial=x,write-cache=off",
+        )
+        .unwrap();
+        assert_eq!(disk.file, Some(PathBuf::from("/a,b.img")));
+        assert_eq!(disk.mode, Some(Given(Mode(0o600))));
+        assert_eq!((disk.queues, disk.queue_size), (Some(Given(2)), Some(Given(128))));
+        assert_eq!((disk.direct, disk.readonly), (Some(Given(false)), Some(Given(true))));
+        assert_eq!(disk.engine, Some(Given(Engine::Threads)));
+        assert_eq!(disk.write_cache, Some(Given(false)));
+        let disk = DiskSpec::from_words("name=m,memory=1G,fd=3").unwrap();
+        assert_eq!((disk.memory, disk.fd), (Some(Given(Size(1 << 30))), Some(Given(3))));
+    }
+
+    #[test]
+    fn a_wrong_word_of_a_disk_is_named() {
+        for (words, says) in [
+            ("file=a", "name"),
+            ("name=r", "disk r has no data"),
+            ("name=r,file=a,memory=1G", "only one of file, memory and null"),
+            ("name=r,file=a,colour=blue", "colour"),
+            ("name=r,file=a,queues=many", "queues: \"many\""),
+            ("name=r,file=a,queues=1,queues=2", "duplicate field `queues`"),
+            ("name=r,file=a,direct=maybe", "direct: \"maybe\" is neither on nor off"),
+            ("name=r,file=a,engine=aio", "engine: \"aio\""),
+            ("name=r,file=a,mode=rw", "mode: \"rw\""),
+            ("name=r,file=a,format=qcow2", "format: \"qcow2\""),
+            ("name=r,memory=1X", "memory: \"1X\""),
+            ("name=r,memory=1G,direct=on", "for disks with file"),
+            ("name=r,file=a,socket=s,fd=3", "only one of socket and fd"),
+            ("name=r,file=a,fd=3,mode=0600", "mode of an inherited socket"),
+            ("name=r,file=a,filter=x", "filter"),
+            ("name=r,,file=a", "has no data"),
+        ] {
+            let said = DiskSpec::from_words(words).unwrap_err();
+            assert!(said.contains(says), "{words}: {said}");
+        }
+    }
+
+    #[test]
+    fn every_word_of_a_filter_is_read() {
+        let filter = FilterOnDisk::from_words(
+            "disk=root,file=/f.so,order=-3,placement=inline,grant=a,grant=b,param.x=1,,2,param.y=",
+        )
+        .unwrap();
+        assert_eq!(filter.disk, "root");
+        let filter = filter.filter;
+        assert_eq!(filter.order, Some(Given(-3)));
+        assert_eq!(filter.placement, Some(Given(Placement::Inline)));
+        assert_eq!(filter.grant, ["a", "b"]);
+        assert_eq!(filter.params, [("x".into(), "1,2".into()), ("y".into(), String::new())]);
+    }
+
+    #[test]
+    fn a_wrong_word_of_a_filter_is_named() {
+        for (words, says) in [
+            ("file=/f.so", "disk=NAME"),
+            ("disk=root", "file"),
+            ("disk=a,disk=b,file=f", "disk is given twice"),
+            ("disk=a,file=f,order=first", "order: \"first\""),
+            ("disk=a,file=f,placement=outside", "placement: \"outside\""),
+            ("disk=a,file=f,param.=1", "param.NAME"),
+            ("disk=a,file=f,params=1", "param.NAME"),
+            ("disk=a,file=f,prio=1", "prio"),
+        ] {
+            let said = FilterOnDisk::from_words(words).unwrap_err();
+            assert!(said.contains(says), "{words}: {said}");
+        }
+    }
+}
