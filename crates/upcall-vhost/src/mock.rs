@@ -237,6 +237,11 @@ impl Driver {
         [self.descriptors, self.available, self.used].map(|at| at + USER_OFFSET)
     }
 
+    /// Where its available index is, guest-physical.
+    pub fn available_index(&self) -> u64 {
+        self.available + 2
+    }
+
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
