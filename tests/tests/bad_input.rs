@@ -115,7 +115,7 @@ fn wrong_usage_is_exit_code_two() {
 fn a_missing_image_is_named() {
     let place = Place::new();
     std::fs::remove_file(&place.image).unwrap();
-    refused(&place.scratch, 1, &["--disk", &place.disk("")], &["root", "disk.img", "No such file"]);
+    refused(&place.scratch, 1, &["--disk", &place.disk("")], &["root", "disk.img", "no such file"]);
 }
 
 #[test]
@@ -202,7 +202,7 @@ fn a_socket_in_a_folder_that_is_missing_or_a_path_too_long_is_named() {
     refused(&place.scratch, 1, &["--disk", &disk], &["no/such/d.sock"]);
     let long = place.scratch.text(&"x".repeat(120));
     let disk = format!("name=root,file={image},socket={long}");
-    refused(&place.scratch, 1, &["--disk", &disk], &["107"]);
+    refused(&place.scratch, 1, &["--disk", &disk], &["too long"]);
 }
 
 #[test]
@@ -333,7 +333,7 @@ fn a_wrong_configuration_file_is_named_with_its_line() {
 fn no_permission_for_the_image_is_named() {
     if !rustix::process::getuid().is_root() {
         let place = Place::new();
-        let nothing = std::fs::Permissions::from_mode(0);
+        let nothing = std::fs::Permissions::from_mode(0o000);
         std::fs::set_permissions(&place.image, nothing).unwrap();
         refused(&place.scratch, 1, &["--disk", &place.disk("")], &["disk.img", "ermission"]);
         return;
