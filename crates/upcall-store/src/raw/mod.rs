@@ -36,8 +36,8 @@ use crate::raw::target::Target;
 use crate::raw::threads::ThreadsQueue;
 use crate::raw::uring::UringQueue;
 
-/// Called once, with what happened, when a store's flush fails; from any thread, and it must
-/// not block for long. See [`RawStore::failure`].
+/// Called once, with what happened, when a store's flush fails; from any thread. It must not
+/// block for long and not call the store's `sync`. See [`RawStore::failure`].
 pub type OnFailure = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// How requests reach the kernel.
@@ -111,7 +111,8 @@ pub struct RawStore {
 }
 
 impl RawStore {
-    /// Opens the image at `options.path`.
+    /// Opens the image at `options.path`. If it is in use, waits up to a second for it: the
+    /// kernel may still be cleaning up after a process that has just ended.
     pub fn open(options: RawOptions) -> Result<RawStore, OpenError> {
         let name = options.name();
         let access = if options.read_only { "reading" } else { "reading and writing" };
