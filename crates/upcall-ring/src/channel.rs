@@ -254,6 +254,29 @@ mod tests {
     }
 
     #[test]
+    fn laps_through_one_ring_leave_the_other_and_the_header_alone() {
+        let (mut channel, fd) = Channel::create(4).unwrap();
+        let mut host = HostChannel::open(&fd).unwrap();
+        let completion = |token| Completion { token, ..Completion::default() };
+        (0..4).for_each(|token| host.completions.push(&completion(token)).unwrap());
+        for _ in 0..20 {
+            channel.submissions.push(&submission()).unwrap();
+            assert!(host.submissions.pop().is_some());
+        }
+        for token in 0..4 {
+            assert_eq!(channel.completions.pop().map(|entry| entry.token), Some(token));
+        }
+        for token in 0..20 {
+            host.completions.push(&completion(token)).unwrap();
+            assert_eq!(channel.completions.pop().map(|entry| entry.token), Some(token));
+        }
+        assert_eq!(host.submissions.pop(), None);
+        let mut unused = [0; 4096 - 320];
+        view(&fd, 4).read(320, &mut unused).unwrap();
+        assert_eq!(unused, [0; 4096 - 320]);
+    }
+
+    #[test]
     fn the_bell_is_rung_only_for_a_sleeper() {
         let (mut channel, fd) = Channel::create(1).unwrap();
         let mut host = HostChannel::open(&fd).unwrap();

@@ -143,7 +143,7 @@ impl Waiter {
             return Turn::Poll;
         }
         let wait = self.wait.get_or_insert(Wait { since_ns: now_ns, slept: false });
-        if wait.slept || now_ns.saturating_sub(wait.since_ns) >= self.budget_ns {
+        if now_ns.saturating_sub(wait.since_ns) >= self.budget_ns {
             wait.slept = true;
             return Turn::Sleep;
         }

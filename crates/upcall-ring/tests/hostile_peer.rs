@@ -66,6 +66,14 @@ fn attack(memory: &Mapping, progress: &Progress, state: &mut u64) {
     memory.atomic_u32(at & !3).expect("inside").store(value, Ordering::Relaxed);
 }
 
+struct Stopper<'a>(&'a AtomicBool);
+
+impl Drop for Stopper<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn a_peer_that_scribbles_over_the_channel_cannot_make_the_worker_panic_hang_or_stray() {
     let seed = seed();
@@ -77,6 +85,8 @@ fn a_peer_that_scribbles_over_the_channel_cannot_make_the_worker_panic_hang_or_s
     let stop = AtomicBool::new(false);
     let (mut rounds, mut popped, mut pushed, mut violations) = (0u64, 0u64, 0u64, 0u64);
     std::thread::scope(|scope| {
+        // Also when an assertion fails, so that the failure is told instead of a hang.
+        let stopper = Stopper(&stop);
         scope.spawn(|| {
             let mut state = seed;
             while !stop.load(Ordering::Relaxed) {
@@ -110,7 +120,7 @@ fn a_peer_that_scribbles_over_the_channel_cannot_make_the_worker_panic_hang_or_s
                 channel.completions.after_sleep();
             }
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stopper);
     });
     println!("{rounds} rounds, {popped} popped, {pushed} pushed, {violations} violations");
     assert!(popped.min(pushed).min(violations) > 10_000, "the enemy was too weak");
