@@ -63,7 +63,7 @@
 //! framework restarts it. They never unwind into the framework. A filter that is placed
 //! inline in a worker takes the worker with it, as a crash in C would.
 //!
-//! **Tests.** With the feature `testing`, [`testing::Host`](https://docs.rs/upcall-sdk)
+//! **Tests.** With the feature `testing`, `testing::Host`
 //! runs a filter in the test's own process, in virtual time and on disks in memory.
 
 mod callback;
