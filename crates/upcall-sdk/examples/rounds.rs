@@ -16,9 +16,12 @@ use upcall_sdk::{
 
 struct Rounds {
     instance: Instance,
-    held: Arc<Mutex<HashMap<HoldId, (Held<Rounds>, Option<Timer>)>>>,
+    held: Arc<Mutex<Waiting>>,
     completed: Counter,
 }
+
+/// Held requests; reads with their timers.
+type Waiting = HashMap<HoldId, (Held<Rounds>, Option<Timer>)>;
 
 impl Filter for Rounds {
     const INFO: Info = Info {
