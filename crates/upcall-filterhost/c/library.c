@@ -9,9 +9,11 @@
 
 #include <dlfcn.h>
 #include <elf.h>
+#include <link.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define OPS_ALL (UPCALL_OP_BIT(UPCALL_READ) | UPCALL_OP_BIT(UPCALL_WRITE) | \
@@ -22,18 +24,40 @@
 #define PARAMS_MAX 256u
 #define WORD_BYTES_MAX 31u
 
-/* The loader would say the same, less clearly. */
+static bool read_at(int fd, void *into, size_t length, uint64_t offset) {
+    return offset <= INT64_MAX && pread(fd, into, length, (off_t)offset) == (ssize_t)length;
+}
+
+/* Whether the file ends before what its program headers say is in it. */
+static bool is_cut(int fd, const ElfW(Ehdr) *elf) {
+    struct stat stat;
+    if (fstat(fd, &stat) != 0 || elf->e_phentsize != sizeof(ElfW(Phdr)))
+        return true;
+    for (uint32_t i = 0; i < elf->e_phnum; i++) {
+        ElfW(Phdr) part;
+        uint64_t size = (uint64_t)stat.st_size;
+        if (!read_at(fd, &part, sizeof(part), (uint64_t)elf->e_phoff + i * sizeof(part)) ||
+            part.p_offset > size || part.p_filesz > size - part.p_offset)
+            return true;
+    }
+    return elf->e_phnum == 0;
+}
+
+/* The loader would say the same less clearly, or be killed by SIGBUS on a file that was cut. */
 static int check_elf(struct upcall_host *host) {
-    unsigned char ident[EI_NIDENT];
-    if (host->filter_path || pread(host->filter_fd, ident, sizeof(ident), 0) != sizeof(ident))
+    ElfW(Ehdr) elf;
+    if (host->filter_path)
         return 0;
-    if (memcmp(ident, ELFMAG, SELFMAG) != 0)
+    if (!read_at(host->filter_fd, &elf, EI_NIDENT, 0) || memcmp(elf.e_ident, ELFMAG, SELFMAG) != 0)
         return uh_fail(host, -ENOEXEC, "the filter is not a shared object (no ELF file)");
-    int width = ident[EI_CLASS] == ELFCLASS64 ? 64 : ident[EI_CLASS] == ELFCLASS32 ? 32 : 0;
+    int width = elf.e_ident[EI_CLASS] == ELFCLASS64 ? 64 : elf.e_ident[EI_CLASS] == ELFCLASS32 ? 32 : 0;
     int ours = (int)(8 * sizeof(void *));
     if (width != ours)
         return uh_fail(host, -ENOEXEC, "the filter is built for %d bits, this filter host for %d: "
                        "start it with the other filter host", width, ours);
+    if (!read_at(host->filter_fd, &elf, sizeof(elf), 0) || is_cut(host->filter_fd, &elf))
+        return uh_fail(host, -ENOEXEC, "the filter's file is cut: it is shorter than its ELF "
+                       "headers say; copy or build it again");
     return 0;
 }
 
