@@ -25,7 +25,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::FileType;
 use upcall_block::{DiskInfo, Status, Store, StoreQueue};
 
@@ -277,8 +277,10 @@ impl fmt::Debug for RawStore {
     }
 }
 
-/// Waits until a doorbell is rung, or for a signal.
+/// Waits until a doorbell is rung, for a signal, or for a tenth of a second: closing a queue
+/// shall not depend on a wake-up.
 fn sleep_on(doorbell: BorrowedFd<'_>) {
     let mut doorbell = [PollFd::from_borrowed_fd(doorbell, PollFlags::IN)];
-    let _ = rustix::event::poll(&mut doorbell, None);
+    let limit = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+    let _ = rustix::event::poll(&mut doorbell, Some(&limit));
 }
