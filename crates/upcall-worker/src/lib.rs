@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod direct;
 mod engine;
 mod error;
 mod frontend;
@@ -19,5 +20,6 @@ pub use config::{
     DiskConfig, Engine, FrontendConfig, LogLevel, LogSink, Placement, SlotConfig, SocketSource,
     StoreConfig, WorkerConfig,
 };
+pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
 pub use worker::{DiskSummary, ExitReport, Worker};

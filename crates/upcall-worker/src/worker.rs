@@ -153,10 +153,11 @@ impl Worker {
             .iter()
             .map(|disk| (disk.name.clone(), disk.queues, disk.chain.is_empty()))
             .collect();
-        let mut first_hop = 0;
+        let (mut first_hop, mut next_instance) = (0, 0);
         for (mut config, store) in disks.into_iter().zip(stores) {
             let listener = listen(&mut config)?;
-            let (chain, slots) = plan_chain(&config, &*store, &names, &mut hosts, &log)?;
+            let (chain, slots) =
+                plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &log)?;
             let hops = 2 + slots.len();
             let name = config.name.as_str().into();
             starting.push(StartingDisk {
@@ -180,6 +181,11 @@ impl Worker {
             parts.push(connect_engines(&starting, index, &mut hosts, &page, &orders, &log)?);
         }
         let shown = open_instances(&starting, &mut hosts)?;
+        for (_, parts) in parts.iter_mut().flatten() {
+            for link in &mut parts.links {
+                link.inline = hosts[link.host.0].process.inline_channel(link.number);
+            }
+        }
         let mut served = Vec::new();
         for (index, parts) in parts.into_iter().enumerate() {
             served.push(start_engines(&starting, index, parts)?);
@@ -344,6 +350,7 @@ fn plan_chain(
     store: &dyn Store,
     disks: &[(String, u16, bool)],
     hosts: &mut Vec<Starting>,
+    next_instance: &mut u32,
     log: &LogSink,
 ) -> Result<(Arc<Chain>, Vec<StartingSlot>), StartError> {
     let disk = &config.name;
@@ -366,9 +373,9 @@ fn plan_chain(
                 })
             })
             .collect::<Result<_, _>>()?;
-        // Numbers are given per host, in order: the host's own index is in them, so that an
-        // entry that names a foreign instance never fits.
-        let instance = (host as u32) << 16 | instances.len() as u32;
+        // Numbered through the worker, so that an entry that names a foreign instance never fits.
+        let instance = *next_instance;
+        *next_instance += 1;
         instances.push(instance);
         specs.push(spec_of(description, slot.order));
         slots.push(Some(StartingSlot { host, instance, params, grants }));
@@ -630,9 +637,8 @@ fn connect(
     host.process
         .channel(channel, number as u32, fd.as_fd(), doorbell.as_fd(), wake.as_fd())
         .map_err(filter_failed)?;
-    let inline = host.process.inline_channel(channel);
     let name = host.description.name.as_str().into();
-    Ok(Link::new(id, name, ring, doorbell, inline, host.issue_arena.clone()))
+    Ok(Link::new(id, name, channel, ring, doorbell, host.issue_arena.clone()))
 }
 
 /// Opens all instances: from here on files of parameters exist and filters' code runs.

@@ -27,10 +27,12 @@ pub(super) enum Sent {
 pub(crate) struct Link {
     pub(crate) host: HostId,
     pub(crate) name: Arc<str>,
+    /// The channel's number, as the filter host knows it.
+    pub(crate) number: u32,
     pub(crate) channel: Channel,
     /// Rung when the filter host sleeps.
     pub(crate) doorbell: Doorbell,
-    /// There for a filter that was placed in the worker.
+    /// There for a filter that was placed in the worker, once it is served.
     pub(crate) inline: Option<InlineChannel>,
     /// Where data of issued requests is.
     pub(crate) issue_arena: Option<Arc<Mapping>>,
@@ -46,17 +48,18 @@ impl Link {
     pub(crate) fn new(
         host: HostId,
         name: Arc<str>,
+        number: u32,
         channel: Channel,
         doorbell: Doorbell,
-        inline: Option<InlineChannel>,
         issue_arena: Option<Arc<Mapping>>,
     ) -> Link {
         Link {
             host,
             name,
+            number,
             channel,
             doorbell,
-            inline,
+            inline: None,
             issue_arena,
             backlog: VecDeque::new(),
             issued: Vec::new(),
