@@ -57,7 +57,7 @@ static int32_t check(struct upcall_instance *inst, const struct upcall_issue *io
         return -ENODEV;
     bool moves_data = io->op == UPCALL_READ || io->op == UPCALL_WRITE;
     uint16_t flags = io->op == UPCALL_WRITE          ? UPCALL_REQ_FUA
-                     : io->op == UPCALL_WRITE_ZEROES ? UPCALL_REQ_UNMAP | UPCALL_REQ_FUA
+                     : io->op == UPCALL_WRITE_ZEROES ? UPCALL_REQ_UNMAP
                                                      : 0;
     if (io->op < UPCALL_READ || io->op > UPCALL_WRITE_ZEROES || (io->flags & ~flags) || !io->done ||
         (moves_data ? !io->data : io->data != NULL))

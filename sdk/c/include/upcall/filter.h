@@ -241,7 +241,7 @@ struct upcall_services {
     /*
      * Memory for the data of issued requests, aligned to 4096 bytes; at most 4 MiB
      * at once and 16 MiB in all instances of a filter in one VM. NULL if there is
-     * none left just now.
+     * none left just now. What is not freed when close() returns is taken back.
      */
     void *(*buffer_alloc)(struct upcall_instance *inst, uint32_t length);
     void (*buffer_free)(struct upcall_instance *inst, void *data);
@@ -277,7 +277,10 @@ struct upcall_services {
                                         void (*fn)(void *arg, uint32_t revents), void *arg);
     void (*watch_stop)(struct upcall_watch *watch);
 
-    /* Runs fn(arg) once on a worker thread, where it may block. 0, or -ENOMEM. */
+    /*
+     * Runs fn(arg) once on one of up to 8 threads, where it may block. For work that ends:
+     * close() waits for it. 0; or -ENOMEM; or -ESHUTDOWN, from close() on.
+     */
     int32_t (*run_blocking)(struct upcall_instance *inst, void (*fn)(void *arg), void *arg);
 
     /*
@@ -336,8 +339,8 @@ struct upcall_filter {
      * One instance begins and ends. open() stores what the other callbacks get as
      * @self. 0, or a negative errno: the disk is not served; say why with log().
      * close() is called once after a successful open(), when no request of the
-     * instance is with the filter and its issued requests have ended. It must stop
-     * the instance's timers and watches.
+     * instance is with the filter, its issued requests have ended and its blocking
+     * work has returned. It must stop the instance's timers and watches. It may block.
      */
     int32_t (*open)(struct upcall_instance *inst, void **self);
     void (*close)(void *self);
