@@ -21,27 +21,7 @@ pub fn rust_filter(name: &str) -> PathBuf {
 
 /// The shared object of a filter written in C, for the width in bits (64 or 32).
 pub fn c_filter(name: &str, width: u32) -> PathBuf {
-    let target = folder().join(format!("{name}-{width}.so"));
-    let sources: Vec<PathBuf> = root()
-        .join("filters")
-        .join(name)
-        .read_dir()
-        .unwrap_or_else(|error| panic!("filters/{name}: {error}"))
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|ext| ext == "c"))
-        .collect();
-    // Other tests build the same: each makes a file of its own and renames it.
-    let new = target.with_extension(format!("so.{}", std::process::id()));
-    run(Command::new("cc")
-        .args(["-std=gnu11", "-O2", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"])
-        .arg(format!("-m{width}"))
-        .arg("-I")
-        .arg(root().join("sdk/c/include"))
-        .args(sources)
-        .arg("-o")
-        .arg(&new));
-    std::fs::rename(&new, &target).unwrap();
-    target
+    folder().join(format!("{name}-{width}.so"))
 }
 
 /// The top of the source tree.
@@ -73,6 +53,7 @@ fn build() -> PathBuf {
         cargo.arg("--release");
     }
     run(&mut cargo);
+    run(Command::new(root().join("filters/build-c")).arg(&folder));
     folder
 }
 

@@ -18,8 +18,8 @@ pub enum Filter {
     /// In the worker itself.
     XorInline,
     Throttle,
-    /// With every fault switched off: it holds and passes on.
-    Fault,
+    /// Delays some requests: they end in another order than they came in.
+    Delay,
 }
 
 impl Filter {
@@ -35,7 +35,10 @@ impl Filter {
             Filter::XorInline => (c_filter("xor", 64), ",placement=inline".into()),
             // High enough not to slow a test down.
             Filter::Throttle => (rust_filter("throttle"), ",param.iops=1000000".into()),
-            Filter::Fault => (rust_filter("fault"), String::new()),
+            Filter::Delay => (
+                rust_filter("fault"),
+                ",param.effect=delay,param.delay=2ms,param.probability=0.1".into(),
+            ),
         };
         format!("disk={disk},file={}{rest}", file.display())
     }
@@ -51,7 +54,7 @@ pub const CHAINS: [&[Filter]; 6] = [
     &[Filter::Trace],
     &[Filter::Xor],
     &[Filter::Trace, Filter::Xor, Filter::Throttle],
-    &[Filter::Xor32, Filter::Fault],
+    &[Filter::Xor32, Filter::Delay],
     &[Filter::XorInline, Filter::Trace],
 ];
 
@@ -82,8 +85,10 @@ impl Disk {
 
     /// Serves it again, after [`stop`](Self::stop).
     pub fn start(&mut self, queues: usize, options: &str) {
+        // Not every temporary folder knows O_DIRECT; tests of it ask for it.
+        let direct = if options.contains("direct=") { "" } else { ",direct=off" };
         let main = format!(
-            "name=root,file={},socket={},queues={queues}{options}",
+            "name=root,file={},socket={},queues={queues}{options}{direct}",
             self.image.display(),
             self.socket.display()
         );

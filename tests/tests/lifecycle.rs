@@ -312,7 +312,7 @@ fn an_error_on_the_way_reaches_the_guest_and_nobody_else() {
             "--disk",
             &format!("name=root,file={},socket={}", image.display(), socket.display()),
             "--filter",
-            &format!("disk=root,file={},param.errors=1,param.ops=write", fault.display()),
+            &format!("disk=root,file={},param.effect=error,param.ops=write", fault.display()),
         ],
     );
     let mut driver = Driver::usual(&socket, 1);

@@ -31,14 +31,8 @@ die() {
     exit 1
 }
 
-# c_filter NAME: builds filters/NAME and prints the path of its shared object.
-c_filter() {
-    cc -std=gnu11 -O2 -g -fPIC -shared -fvisibility=hidden -pthread -I "$top/sdk/c/include" \
-        "$top/filters/$1"/*.c -o "$scratch/$1.so"
-    echo "$scratch/$1.so"
-}
-
-# rust_filter NAME: prints the path of its shared object.
+# c_filter NAME and rust_filter NAME: print the path of a filter's shared object.
+c_filter() { echo "$bin/$1-64.so"; }
 rust_filter() { echo "$bin/libupcall_$1.so"; }
 
 # serve ARGUMENT...: starts `upcall serve` and waits until it is ready.
