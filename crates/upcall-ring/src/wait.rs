@@ -9,8 +9,9 @@
 //! looking finds their end, grows while sleeps are so short that looking might have, and
 //! goes to nothing when they are not. *Is somebody else in need of this core?* A yield that
 //! does not return at once says so. Then every look is followed by a yield, because what we
-//! wait for may be waiting for our core: that is ten times faster than any spinning. If
-//! yields return at once, a look is followed by the next look, and a yield now and then
+//! wait for may be waiting for our core: that is ten times faster than any spinning. (Unless
+//! somebody else took the core and computes: then a yield lasts for milliseconds, and
+//! sleeping is better.) If yields return at once, a look is followed by the next look, and a yield now and then
 //! finds out whether it is still so.
 //!
 //! Always true: a wait that finds nothing leads to sleep within
@@ -172,7 +173,12 @@ impl Waiter {
     /// A wait ended after `took_ns`.
     fn learn(&mut self, wait: Wait, took_ns: u64) {
         let limits = &self.limits;
-        if !wait.slept {
+        if !wait.slept && took_ns > limits.budget_max_ns {
+            // A yield gave the core to somebody who keeps it for long. Who sleeps instead
+            // gets the core back when woken.
+            self.misses = limits.misses_max;
+            self.budget_ns = 0;
+        } else if !wait.slept {
             self.misses = 0;
             // Twice the wait, as waits vary; slowly, as one short wait proves little.
             let wanted = (2 * took_ns).clamp(limits.budget_step_ns, limits.budget_max_ns);
@@ -333,6 +339,15 @@ mod tests {
         world.polls = 0;
         world.waits(10, 4_000);
         assert_eq!(world.polls, 0, "somebody needs the core now");
+    }
+
+    #[test]
+    fn where_a_yield_gives_the_core_away_for_milliseconds_the_thread_sleeps_instead() {
+        let mut world = World::new(3_000_000);
+        world.waits(10, 4_000);
+        (world.yields, world.sleeps) = (0, 0);
+        world.waits(1000, 4_000);
+        assert!(world.yields < 20 && world.sleeps > 980, "{} {}", world.yields, world.sleeps);
     }
 
     #[test]

@@ -34,12 +34,13 @@ impl Random {
         z ^ z >> 31
     }
 
-    /// Mostly goes on; sometimes yields, rarely sleeps, so that the other side finds this
-    /// one slow, fast, away, and coming back at any moment.
+    /// Mostly goes on; rarely computes, sleeps or yields, so that the other side finds this
+    /// one slow, fast, away, and coming back at any moment. (Yields are the rarest: on a busy
+    /// machine each takes milliseconds.)
     fn pause(&mut self) {
         match self.next() % 4096 {
             0..8 => std::thread::sleep(Duration::from_micros(self.next() % 200)),
-            8..64 => std::thread::yield_now(),
+            8 => std::thread::yield_now(),
             64..128 => (0..self.next() % 2000).for_each(|_| std::hint::spin_loop()),
             _ => {}
         }
@@ -129,15 +130,15 @@ fn ask(side: &mut Side<Submission, Completion>, count: u64) {
                 side.producer.free().unwrap();
                 break;
             }
-            sent += 1;
             side.random.pause();
+            sent += 1;
         }
         side.producer.wake(&side.theirs);
         for _ in 0..side.random.next() % u64::from(ENTRIES) + 1 {
             let Some(seen) = side.consumer.pop() else { break };
             check(&seen, taken, 1);
-            taken += 1;
             side.random.pause();
+            taken += 1;
         }
         side.wait(sent + taken > before);
     }
@@ -152,8 +153,8 @@ fn answer(side: &mut Side<Completion, Submission>, count: u64) {
             let Some(seen) = side.consumer.pop() else { break };
             check(&seen, taken, 0);
             side.producer.push(&entry(taken, 1)).expect("the worker has room for every answer");
-            taken += 1;
             side.random.pause();
+            taken += 1;
         }
         side.producer.wake(&side.theirs);
         side.wait(taken > before);
