@@ -87,7 +87,7 @@ fn a_refusal_is_the_same_inline() {
 
 #[test]
 fn a_dropped_inline_filter_is_unloaded_before_the_drop_returns() {
-    let file = filter(&[]);
+    let file = filter(&["-DSLOW_UNLOAD"]);
     let path = file.path().display().to_string();
     let is_mapped = || std::fs::read_to_string("/proc/self/maps").unwrap().contains(&path);
     let worker = Worker::serving(&file, Placement::Inline);

@@ -34,6 +34,9 @@ static int32_t load(const struct upcall_services *given) {
 }
 
 static void unload(void) {
+#ifdef SLOW_UNLOAD
+    usleep(200000);
+#endif
     services->log(NULL, UPCALL_LOG_INFO, "unloaded");
 }
 
