@@ -211,6 +211,7 @@ fn too_many_copies_wait_for_one_to_end() {
     assert_eq!(host.issued().len(), 1);
     ids.into_iter().for_each(|id| assert_eq!(host.run(id), Ok(())));
     assert_eq!(host.counter("copied"), 5);
+    assert!(host.now().is_zero(), "each began when another ended, not by the timer");
     host.advance_to_next();
 }
 
