@@ -74,19 +74,16 @@ pub fn serve_connection(
     let device = Arc::new(Mutex::new(Device::new(config, host)));
     let mut handler = BackendReqHandler::from_stream(stream, device.clone());
 
-    let result = loop {
-        match wait_for_message(&watched, shutdown) {
-            Ok(None) => {}
-            Ok(Some(ended)) => break Ok(ended),
-            Err(error) => break Err(error),
+    // However this returns, the device is dropped, and that stops the queues.
+    loop {
+        if let Some(ended) = wait_for_message(&watched, shutdown)? {
+            return Ok(ended);
         }
         if let Err(error) = handler.handle_request() {
             let refusal = device.lock().unwrap_or_else(PoisonError::into_inner).take_refusal();
-            break Err(refusal.map_or(ConnectionError::Protocol(error), ConnectionError::Refused));
+            return Err(refusal.map_or(ConnectionError::Protocol(error), ConnectionError::Refused));
         }
-    };
-    device.lock().unwrap_or_else(PoisonError::into_inner).disconnect();
-    result
+    }
 }
 
 /// Waits until a message can be read, and answered, without blocking. `Some`: there will

@@ -117,12 +117,6 @@ impl<'a> Device<'a> {
         self.refusal.take()
     }
 
-    /// Ends the connection: stops all rings.
-    pub fn disconnect(&mut self) {
-        self.host.disconnected();
-        self.stop_all();
-    }
-
     fn config(&self) -> &Arc<BlkConfig> {
         &self.shared.config
     }
@@ -248,6 +242,7 @@ impl<'a> Device<'a> {
 
 impl Drop for Device<'_> {
     fn drop(&mut self) {
+        self.host.disconnected();
         self.stop_all();
     }
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::FlockOperation;
@@ -55,8 +55,24 @@ pub struct Listener {
 #[derive(Debug)]
 struct Bound {
     path: PathBuf,
+    file: Identity,
+}
+
+/// Which file is at a path. Inode numbers are used again, so the time of birth counts too
+/// where the file system knows it.
+#[derive(Debug, PartialEq, Eq)]
+struct Identity {
     device: u64,
     inode: u64,
+    born: Option<SystemTime>,
+}
+
+impl Identity {
+    fn of(path: &Path) -> io::Result<Identity> {
+        let found = fs::symlink_metadata(path)?;
+        let (device, inode, born) = (found.dev(), found.ino(), found.created().ok());
+        Ok(Identity { device, inode, born })
+    }
 }
 
 impl Listener {
@@ -77,8 +93,7 @@ impl Listener {
         let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
             .map_err(|errno| io_error(errno.into()))?;
         rustix::net::bind(&fd, &address).map_err(|errno| io_error(errno.into()))?;
-        let metadata = fs::symlink_metadata(path).map_err(io_error)?;
-        let bound = Bound { path: path.into(), device: metadata.dev(), inode: metadata.ino() };
+        let bound = Bound { path: path.into(), file: Identity::of(path).map_err(io_error)? };
         // From here on, an error removes the file.
         let listener = Listener { socket: fd.into(), bound: Some(bound) };
         if let Some(mode) = mode {
@@ -150,11 +165,9 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let Some(Bound { path, device, inode }) = &self.bound else { return };
+        let Some(Bound { path, file }) = &self.bound else { return };
         let _lock = lock_directory(path);
-        let ours = fs::symlink_metadata(path)
-            .is_ok_and(|found| (found.dev(), found.ino()) == (*device, *inode));
-        if ours {
+        if Identity::of(path).is_ok_and(|found| found == *file) {
             let _ = fs::remove_file(path);
         }
     }
@@ -299,14 +312,19 @@ mod tests {
     }
 
     #[test]
-    fn of_two_who_find_a_dead_socket_one_gets_it() {
+    fn of_those_who_find_a_dead_socket_at_once_one_gets_it() {
         let directory = Directory::new("race");
         let path = directory.socket();
-        for _ in 0..20 {
+        let threads = 4;
+        for _ in 0..200 {
             drop(UnixListener::bind(&path).unwrap());
-            let bind = || Listener::bind(&path, None);
+            let start = std::sync::Barrier::new(threads);
+            let bind = || {
+                start.wait();
+                Listener::bind(&path, None)
+            };
             let results: Vec<_> = std::thread::scope(|scope| {
-                let threads: Vec<_> = (0..4).map(|_| scope.spawn(bind)).collect();
+                let threads: Vec<_> = (0..threads).map(|_| scope.spawn(bind)).collect();
                 threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
             assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
