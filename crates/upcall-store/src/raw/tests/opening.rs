@@ -155,6 +155,8 @@ fn the_image_is_free_as_soon_as_the_store_and_its_queues_are_gone() {
             let mut disk = Disk::new(RawStore::open(options(&path, engine, true)).unwrap());
             disk.write(0, &[1; 4096]).unwrap();
             disk.run(Op::Discard, 0, 4096, PLAIN).unwrap();
+            // As a forked child that has not called exec yet.
+            let _kept = disk.store.shared.file.try_clone().unwrap();
             drop(disk);
             // At once, without the moment of grace that a store gives.
             let file = File::options().read(true).write(true).open(&path).unwrap();
