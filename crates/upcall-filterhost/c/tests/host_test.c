@@ -346,14 +346,14 @@ static void a_full_completion_ring_loses_nothing(void) {
     for (uint32_t i = 0; i < 256; i++)
         submit(w, 0, issued(issues[i], 0));
     /* And held requests whose answers find it full. */
-    uint64_t tokens[8];
-    for (int i = 0; i < 8; i++)
+    uint64_t tokens[6]; /* so few that submitting them never waits for us */
+    for (int i = 0; i < 6; i++)
         tokens[i] = submit(w, 0, start_of(T_OTHER_THREAD, UPCALL_WRITE));
     sleep_ms(50);
-    for (uint32_t verdicts = 0; verdicts < 8;) { /* one answered in time has no HELD */
+    for (uint32_t verdicts = 0; verdicts < 6;) { /* one answered in time has no HELD */
         struct wire_completion out;
         CHECK(reap(w, 0, 5000, &out));
-        verdicts += out.kind == WIRE_VERDICT && out.token >= tokens[0] && out.token <= tokens[7];
+        verdicts += out.kind == WIRE_VERDICT && out.token >= tokens[0] && out.token <= tokens[5];
     }
     end_well(w);
 }
@@ -457,12 +457,12 @@ static void close_waits_for_requests_issued_ones_and_blocking_work(void) {
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, say_close, w) == 0);
     sleep_ms(30);
-    CHECK(!strstr(w->logs, "closed"));
+    CHECK_IS(pthread_tryjoin_np(thread, NULL), EBUSY);
     start.kind = WIRE_CANCEL;
     submit(w, 0, start);
     check_verdict(expect(w, 0, WIRE_VERDICT, start.token), UPCALL_FAIL, -ECANCELED);
     sleep_ms(10);
-    CHECK(!strstr(w->logs, "closed"));
+    CHECK_IS(pthread_tryjoin_np(thread, NULL), EBUSY);
     memcpy(w->issue_arena + issue.data, "below", 5);
     submit(w, 0, issued(issue.token, 0));
     check_verdict(expect(w, 0, WIRE_VERDICT, token), UPCALL_DONE, 0);

@@ -331,7 +331,11 @@ struct upcall_filter {
     uint32_t param_count;
     const struct upcall_param *params;
 
-    /* Once per filter host. 0, or a negative errno: the filter is not used. */
+    /*
+     * Once per filter host. load(): 0, or a negative errno: the filter is not used.
+     * unload(): when it returns, the threads that the filter made have ended, and none
+     * of them is in a service any more. No file can be opened by path after load().
+     */
     int32_t (*load)(const struct upcall_services *services);
     void (*unload)(void);
 
