@@ -232,6 +232,13 @@ impl Driver {
         driver
     }
 
+    /// Sets all indices to 0, as before a device is started again.
+    pub fn reset(&mut self) {
+        (self.next_available, self.next_used) = (0, 0);
+        self.memory.store(self.available + 2, 0);
+        self.memory.store(self.used + 2, 0);
+    }
+
     /// Where the ring is: the hypervisor's addresses of descriptors, available, used.
     pub fn user_addresses(&self) -> [u64; 3] {
         [self.descriptors, self.available, self.used].map(|at| at + USER_OFFSET)
