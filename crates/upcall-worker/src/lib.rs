@@ -23,3 +23,7 @@ pub use config::{
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
 pub use worker::{DiskSummary, ExitReport, Worker};
+
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub use engine::hostile::play as play_hostile_hosts;

@@ -9,6 +9,8 @@
 //! arenas; the thread sleeps only when everybody who may have work for it will wake it.
 
 mod carry;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod hostile;
 mod inflight;
 mod issued;
 mod link;
@@ -38,6 +40,8 @@ use stop::Stop;
 
 /// Requests taken from the frontend in one turn of the loop.
 const BATCH: usize = 64;
+/// Entries taken from a completion ring in one turn.
+const REAP: usize = 256;
 
 /// What other threads ask of a queue thread; ring its doorbell after sending.
 pub(crate) enum Command {
@@ -138,12 +142,7 @@ impl Engine {
     /// Serves until told to quit.
     pub(crate) fn run(mut self) {
         loop {
-            let mut busy = self.obey();
-            busy |= self.take_requests();
-            busy |= self.reap_links();
-            busy |= self.reap_stores();
-            self.publish();
-            busy |= self.check_stop();
+            let busy = self.turn();
             if self.quit && self.flights.len() == 0 {
                 return;
             }
@@ -153,6 +152,16 @@ impl Engine {
                 Turn::Sleep => self.sleep(),
             }
         }
+    }
+
+    /// Looks everywhere for work once, and does it; says whether there was some.
+    fn turn(&mut self) -> bool {
+        let mut busy = self.obey();
+        busy |= self.take_requests();
+        busy |= self.reap_links();
+        busy |= self.reap_stores();
+        self.publish();
+        busy | self.check_stop()
     }
 
     fn yield_core(&mut self) {
@@ -211,7 +220,9 @@ impl Engine {
     fn reap_links(&mut self) -> bool {
         let mut busy = false;
         for link in 0..self.parts.links.len() {
-            while let Some(entry) = self.parts.links[link].receive() {
+            // At most a batch: a host that never stops writing does not keep us from the rest.
+            for _ in 0..REAP {
+                let Some(entry) = self.parts.links[link].receive() else { break };
                 busy = true;
                 self.handle_entry(link, &entry);
             }
