@@ -2,6 +2,7 @@
 //! come from here. Parsing checks form and never acts.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -18,6 +19,25 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Serve(ServeArgs),
+    Top(TopArgs),
+    /// Look at filters, check them, begin one of your own
+    #[command(subcommand)]
+    Filter(FilterCommand),
+    /// Print the completions for a shell
+    Completions {
+        shell: clap_complete::Shell,
+    },
+    /// Write these commands' manual pages into a folder
+    Man {
+        folder: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum FilterCommand {
+    Info(InfoArgs),
+    New(NewArgs),
+    Check(CheckArgs),
 }
 
 /// Serve the disks of one virtual machine, in the foreground
@@ -99,6 +119,121 @@ vm1.toml:
   [[disk.filter]]
   file = \"/usr/lib/upcall/libupcall_throttle.so\"
   params = { iops = 500 }";
+
+/// Show what passes each hop of the disks of a worker
+///
+/// For each disk and hop (the whole request, each filter, the store): requests and bytes,
+/// errors, requests in flight, latencies, the share of the requests' time, rules broken, and
+/// the filter's own counters. On a terminal a live view: q quits. Ends when the worker ends.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The worker's page of counters [default: that of the only worker that runs]
+    pub stats: Option<PathBuf>,
+
+    /// Print the sums since the worker's start, and end
+    #[arg(long)]
+    pub once: bool,
+
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    pub interval: Duration,
+
+    /// Print JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show what a filter says about itself: operations, data access, parameters
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// The filter's shared object
+    pub file: PathBuf,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Begin a filter: a project that builds and passes its check at once
+#[derive(Debug, Args)]
+pub struct NewArgs {
+    /// The filter's name: a-z, 0-9 and -, at most 31 characters
+    #[arg(value_parser = crate::new::check_name)]
+    pub name: String,
+
+    /// The language to write it in
+    #[arg(long, value_enum)]
+    pub lang: Language,
+
+    /// The folder to make [default: ./NAME]
+    #[arg(long, value_name = "PATH")]
+    pub dir: Option<PathBuf>,
+
+    /// For Rust: use the crate upcall-sdk at this path, instead of a copy in the project
+    #[arg(long, value_name = "PATH")]
+    pub sdk: Option<PathBuf>,
+}
+
+/// Languages of filters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    C,
+    Rust,
+}
+
+/// Check that a filter keeps the rules of the chain
+///
+/// Loads the filter into a filter host, as `upcall serve` does, puts it on a disk in memory and
+/// drives it with random requests from several queues at once. Each line says what was checked;
+/// what failed comes with the command that replays it. Exit code 1 if anything failed.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The filter's shared object
+    pub file: PathBuf,
+
+    /// A parameter of the filter; may be repeated
+    #[arg(long = "param", value_name = "NAME=VALUE", value_parser = crate::words::pair)]
+    pub params: Vec<crate::words::Word>,
+
+    /// Where the random requests begin; the same seed gives the same requests
+    /// [default: another each time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+
+    /// How many requests to run under load
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub operations: u64,
+
+    /// Run requests under load for this long instead
+    #[arg(long, value_name = "SECONDS", conflicts_with = "operations", value_parser = seconds)]
+    pub seconds: Option<Duration>,
+
+    /// Where the filter runs: isolated or inline
+    #[arg(long, value_enum, default_value_t = PlacementName::Isolated)]
+    pub placement: PlacementName,
+
+    /// How many further disks, in memory, to grant the filter
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub grants: u16,
+
+    /// How long a request may take before it counts as never answered
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000)]
+    pub timeout_ms: u64,
+}
+
+/// Where a filter's code runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlacementName {
+    Isolated,
+    Inline,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.05..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("give seconds, from 0.05 to 86400".into()),
+    }
+}
 
 /// Levels of messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

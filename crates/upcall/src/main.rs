@@ -2,18 +2,23 @@
 //!
 //! Exit codes: 0 done, 1 something went wrong (said on standard error), 2 wrong usage.
 
+mod check;
 mod cli;
 mod failure;
+mod info;
+mod manual;
+mod new;
 mod output;
 mod serve;
 mod signals;
+mod top;
 mod words;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, FilterCommand};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
@@ -30,5 +35,11 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(args) => serve::run(args),
+        Command::Top(args) => top::run(args),
+        Command::Filter(FilterCommand::Info(args)) => info::run(args),
+        Command::Filter(FilterCommand::New(args)) => new::run(args),
+        Command::Filter(FilterCommand::Check(args)) => check::run(args),
+        Command::Completions { shell } => manual::print_completions(shell),
+        Command::Man { folder } => manual::write_pages(&folder),
     }
 }

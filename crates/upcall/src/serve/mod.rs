@@ -14,6 +14,7 @@ mod stats;
 mod value;
 
 pub use spec::{DiskSpec, FilterOnDisk};
+pub use stats::runtime_folder;
 
 use std::os::fd::AsFd;
 

@@ -38,6 +38,10 @@ impl<'de, T: Value> Deserialize<'de> for Given<T> {
                 T::from_integer(number).map_err(E::custom)
             }
 
+            fn visit_f64<E: Error>(self, number: f64) -> Result<T, E> {
+                T::from_text(&number.to_string()).map_err(E::custom)
+            }
+
             fn visit_bool<E: Error>(self, yes: bool) -> Result<T, E> {
                 T::from_text(if yes { "on" } else { "off" }).map_err(E::custom)
             }
