@@ -258,6 +258,18 @@ static void lines_that_do_not_fit_are_dropped_counted_and_said(void) {
     close_trace();
 }
 
+static void a_drop_is_said_however_full_the_buffer_is(void) {
+    for (int64_t size = 8192; size < 8192 + 300; size += 2) {
+        open_trace(size);
+        work = LATER;
+        for (int i = 0; i < 100; i++)
+            request(UPCALL_READ, 0, 0, 512, 0);
+        work_fn(work_arg); /* a sanitizer sees it if there was no room */
+        CHECK(strstr(text(), "\n{\"dropped\":"));
+        close_trace();
+    }
+}
+
 static void a_file_that_cannot_be_written_costs_lines_and_no_request(void) {
     open_trace(1 << 20);
     int good = fd, full = open("/dev/full", O_WRONLY);
@@ -318,6 +330,7 @@ int main(int argc, char **argv) {
     close_writes_the_rest();
     a_half_full_buffer_is_written_at_once();
     lines_that_do_not_fit_are_dropped_counted_and_said();
+    a_drop_is_said_however_full_the_buffer_is();
     a_file_that_cannot_be_written_costs_lines_and_no_request();
     without_a_file_it_only_counts();
     queue_threads_do_not_mix_their_lines();

@@ -34,7 +34,8 @@ struct self {
     _Atomic int tick_count;
     struct upcall_request *_Atomic by_watch;
     _Atomic int issued_back;
-    _Atomic uint32_t fed;
+    struct upcall_request *kept[16]; /* by one queue only */
+    uint32_t kept_count;
 };
 
 /* A request and the self it came to, for threads. */
@@ -218,7 +219,7 @@ static uint32_t check_services(struct self *self, struct upcall_request *req) {
 
 static void *feed(void *arg) {
     struct held *held = arg;
-    for (int i = 0; i < 200; i++)
+    for (int i = 0; i < 20000; i++)
         up->counter_add(held->self->inst, held->self->requests, 1);
     return answer_pass(held);
 }
@@ -282,6 +283,18 @@ static uint32_t start_io(void *arg, struct upcall_request *req) {
         req->status = req->data ? -*(unsigned char *)req->data : -ENODATA;
         return UPCALL_FAIL;
     case T_FEED: on_thread(feed, keep(self, req)); return UPCALL_HOLD;
+    case T_KEEP: self->kept[self->kept_count++] = req; return UPCALL_HOLD;
+    case T_RELEASE:
+        while (self->kept_count)
+            up->answer(self->kept[--self->kept_count], UPCALL_DONE, 0);
+        return UPCALL_PASS;
+    case T_ISSUE_ONE: {
+        struct upcall_issue io = { .size = sizeof(io), .op = UPCALL_FLUSH, .done = count_back,
+                                   .arg = self };
+        req->status = up->issue(self->inst, &io);
+        return req->status ? UPCALL_FAIL : UPCALL_PASS;
+    }
+    case T_SLOW: usleep(1000); return UPCALL_PASS;
     case T_WORK: up->run_blocking(self->inst, work_soon, self); return UPCALL_PASS;
     default: return WRONG();
     }

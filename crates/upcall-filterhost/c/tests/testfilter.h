@@ -31,8 +31,12 @@ enum behaviour {
     T_SERVICES,          /* checks the services; DONE, or FAIL -(line) */
     T_LOG_FLOOD,         /* 500 log lines; PASS */
     T_SEES,              /* FAIL with -(first byte of data), or -ENODATA */
-    T_FEED,              /* HOLD; a thread adds 200 to a counter, answers PASS */
+    T_FEED,              /* HOLD; a thread adds 20000 to a counter, answers PASS */
     T_WORK,              /* PASS; blocking work that adds to "worked" after 50 ms */
+    T_KEEP,              /* HOLD until T_RELEASE */
+    T_RELEASE,           /* answers all that T_KEEP holds with DONE, from within; PASS */
+    T_ISSUE_ONE,         /* issues one flush and forgets it; PASS */
+    T_SLOW,              /* PASS, after 1 ms */
     T_UNUSED
 };
 
