@@ -51,7 +51,7 @@ impl Range {
     /// Checks `offset` and `length`, both in bytes, against a disk.
     pub fn new(offset: u64, length: u64, disk: &DiskInfo) -> Result<Range, RangeError> {
         let block = u64::from(disk.block_size);
-        if offset % block != 0 || length % block != 0 {
+        if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
             return Err(RangeError::Unaligned);
         }
         if length > u64::from(LENGTH_MAX) {

@@ -15,7 +15,7 @@ pub struct Tag(pub u32);
 /// What else a request asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestFlags {
-    /// Write: durable before it completes.
+    /// Write, write zeroes, discard: durable before it completes.
     pub fua: bool,
     /// Write zeroes: the space may be given back.
     pub unmap: bool,

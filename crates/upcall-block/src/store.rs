@@ -47,7 +47,7 @@ pub trait Store: Send + Sync {
     /// For messages: what kind of store, and of what.
     fn describe(&self) -> String;
 
-    /// A queue for one thread.
+    /// A queue for one thread: the one that first polls it, and drops it.
     fn open_queue(&self) -> io::Result<Box<dyn StoreQueue>>;
 
     /// Makes everything durable that completed before; blocks. For an orderly end.

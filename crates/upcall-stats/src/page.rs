@@ -217,11 +217,18 @@ impl Block {
 
     /// It leaves, after `latency_ns`.
     pub fn leave(&self, op: u8, bytes: u64, latency_ns: u64, error: bool) {
+        let counts = 64 * usize::from(op.min(5));
+        self.add(counts, 1);
+        self.add(counts + 8, bytes);
+        self.leave_again(op, latency_ns, error);
+    }
+
+    /// It leaves again, after it was here a second time on its way up: that is time, and an
+    /// error perhaps, but no other request.
+    pub fn leave_again(&self, op: u8, latency_ns: u64, error: bool) {
         debug_assert!((1..=5).contains(&op));
         let op = 64 * usize::from(op.min(5));
         self.add(NOW, u64::MAX);
-        self.add(op, 1);
-        self.add(op + 8, bytes);
         self.add(op + 16, u64::from(error));
         self.add(op + 24, latency_ns);
         self.add(HISTOGRAM + 8 * bucket_of(latency_ns), 1);

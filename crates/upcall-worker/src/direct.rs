@@ -2,7 +2,7 @@
 //! tools that drive a chain themselves, and for tests.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use upcall_block::{Op, QueueError, Range, Request, RequestFlags, RequestQueue, Status, Tag};
@@ -62,10 +62,7 @@ impl DirectClient {
 
     /// The next completion; `None` if there is none in time or the queue is gone.
     pub fn wait(&mut self, timeout: Duration) -> Option<(Tag, Status)> {
-        match self.completions.recv_timeout(timeout) {
-            Ok(completion) => Some(completion),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.completions.recv_timeout(timeout).ok()
     }
 }
 
@@ -92,10 +89,7 @@ impl RequestQueue for DirectQueue {
 
     fn before_sleep(&mut self) -> bool {
         if self.early.is_none() {
-            self.early = match self.requests.try_recv() {
-                Ok(request) => Some(request),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-            };
+            self.early = self.requests.try_recv().ok();
         }
         self.early.is_none()
     }

@@ -69,7 +69,7 @@ pub enum StartError {
         /// Which disk.
         disk: String,
         /// Why.
-        source: FilterError,
+        source: Box<FilterError>,
     },
     /// A filter's parameters are wrong.
     #[error("disk {disk}: {source}")]
@@ -77,7 +77,7 @@ pub enum StartError {
         /// Which disk.
         disk: String,
         /// Why.
-        source: ParamError,
+        source: Box<ParamError>,
     },
     /// The filters cannot stand together, or not above this store.
     #[error("disk {disk}: filter {filter}: {source}")]

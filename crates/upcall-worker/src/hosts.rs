@@ -19,6 +19,9 @@ use crate::engine::Command;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HostId(pub(crate) usize);
 
+/// Has a filter host killed; says why.
+pub(crate) type GiveUp = Arc<dyn Fn(HostId, &str) + Send + Sync>;
+
 /// How often counters are shown.
 const COUNTERS_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
@@ -97,7 +100,7 @@ impl SupervisorOrders {
     }
 
     /// What a queue thread calls to have a filter host killed.
-    pub(crate) fn give_up(&self) -> Arc<dyn Fn(HostId, &str) + Send + Sync> {
+    pub(crate) fn give_up(&self) -> GiveUp {
         let (sender, wake) = (self.sender.clone(), self.wake.clone());
         Arc::new(move |host, reason| {
             let _ = sender.send(Order::GiveUp(host, reason.to_owned()));

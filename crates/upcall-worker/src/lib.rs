@@ -14,6 +14,7 @@ mod engine;
 mod error;
 mod frontend;
 mod hosts;
+mod start;
 mod worker;
 
 pub use config::{

@@ -46,8 +46,12 @@ impl Engine {
 
     /// Lets a request enter its chain.
     pub(super) fn begin(&mut self, begin: Begin) {
-        let entry = begin.below.map_or(Entry::Top, Entry::Below);
-        match self.parts.lanes[begin.lane].chain.route(begin.op, entry) {
+        let chain = &self.parts.lanes[begin.lane].chain;
+        if begin.op.is_modification() && chain.info().read_only {
+            self.end(begin.origin, begin.op, begin.range, begin.arrived_ns, Err(Errno::EROFS));
+            return;
+        }
+        match chain.route(begin.op, begin.below.map_or(Entry::Top, Entry::Below)) {
             Route::Native => self.begin_flight(begin),
             Route::AsWrites => self.begin_whole(begin),
             Route::Withheld => {
@@ -186,7 +190,8 @@ impl Engine {
         let Slot { link, instance, stats, .. } = &self.parts.slots[slot.index()];
         let (link, instance) = (*link, *instance);
         stats.enter();
-        flight.visit = Some(Visit { slot, delivery, since_ns: now_ns(), held_cookie: None });
+        flight.visit =
+            Some(Visit { slot, delivery, up: up.is_some(), since_ns: now_ns(), held_cookie: None });
         if self.parts.links[link].lost {
             return self.leave_lost(number);
         }
@@ -201,8 +206,7 @@ impl Engine {
         let submission = Submission {
             kind: if up.is_none() { submission_kind::START } else { submission_kind::DONE },
             op: flight.op as u8,
-            flags: u16::from(flight.flags.fua) * request_flag::FUA
-                | u16::from(flight.flags.unmap) * request_flag::UNMAP,
+            flags: raw_flags(flight.flags),
             token: delivery.token(),
             offset: flight.range.offset(),
             length: flight.range.length(),
@@ -301,10 +305,9 @@ impl Engine {
         if verdict == Verdict::Watch {
             flight.cookies[visit.slot.index()] = cookie;
         }
-        let (op, bytes) = (flight.op as u8, u64::from(flight.range.length()));
-        let latency_ns = now_ns().saturating_sub(visit.since_ns);
+        let (op, bytes) = (flight.op, flight.range.length());
         let failed = matches!(verdict, Verdict::Fail(_) | Verdict::Nonsense);
-        self.slot(visit.slot).stats.leave(op, bytes, latency_ns, failed);
+        self.count_visit(&visit, op, bytes, failed);
         self.judge(link, number, visit.slot, verdict)
     }
 
@@ -345,9 +348,20 @@ impl Engine {
         let flight = self.flights.get_mut(number)?;
         let visit = flight.visit.take()?;
         let action = flight.flight.handle_lost(visit.slot).action;
-        let (op, bytes) = (flight.op as u8, u64::from(flight.range.length()));
-        self.slot(visit.slot).stats.leave(op, bytes, now_ns().saturating_sub(visit.since_ns), true);
+        let (op, bytes) = (flight.op, flight.range.length());
+        self.count_visit(&visit, op, bytes, true);
         Some(action)
+    }
+
+    /// Counts a visit that has ended.
+    fn count_visit(&self, visit: &Visit, op: Op, bytes: u32, failed: bool) {
+        let latency_ns = now_ns().saturating_sub(visit.since_ns);
+        let stats = &self.slot(visit.slot).stats;
+        if visit.up {
+            stats.leave_again(op as u8, latency_ns, failed);
+        } else {
+            stats.leave(op as u8, u64::from(bytes), latency_ns, failed);
+        }
     }
 
     /// Ends the visits to some slots without their answers.
@@ -458,6 +472,13 @@ impl Engine {
             }
         }
     }
+}
+
+/// As on the rings.
+fn raw_flags(flags: RequestFlags) -> u16 {
+    let fua = if flags.fua { request_flag::FUA } else { 0 };
+    let unmap = if flags.unmap { request_flag::UNMAP } else { 0 };
+    fua | unmap
 }
 
 /// 0 or a negative errno, as on the rings.

@@ -29,6 +29,8 @@ pub(super) enum Origin {
 pub(super) struct Visit {
     pub(super) slot: SlotIndex,
     pub(super) delivery: Delivery,
+    /// On its way up: the filter sees it for the second time.
+    pub(super) up: bool,
     /// When it was delivered.
     pub(super) since_ns: u64,
     /// What the filter stored when it said that it holds the request.

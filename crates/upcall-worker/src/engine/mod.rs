@@ -33,7 +33,7 @@ use upcall_stats::Block;
 pub(crate) use link::Link;
 
 use crate::config::{LogLevel, LogSink};
-use crate::hosts::HostId;
+use crate::hosts::{GiveUp, HostId};
 use inflight::{InFlight, Whole};
 use slab::Slab;
 use stop::Stop;
@@ -91,7 +91,7 @@ pub(crate) struct Parts {
     pub(crate) store_stats: Block,
     pub(crate) log: LogSink,
     /// Asks for a filter host to be killed; it will be reported lost in time.
-    pub(crate) give_up: Arc<dyn Fn(HostId, &str) + Send + Sync>,
+    pub(crate) give_up: GiveUp,
 }
 
 /// See the module.

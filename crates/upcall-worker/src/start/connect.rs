@@ -1,0 +1,169 @@
+//! Arenas and channels: what queue threads and filter hosts share.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use upcall_abi::filter::ISSUE_ARENA_SIZE;
+use upcall_chain::DataAccess;
+use upcall_ring::channel::Channel;
+use upcall_ring::{Access, Arena, Doorbell, Mapping, memfd, read_only_view};
+use upcall_stats::Page;
+
+use super::{Starting, StartingDisk, system};
+use crate::config::LogSink;
+use crate::engine::{Link, Parts, Slot};
+use crate::error::StartError;
+use crate::hosts::{EngineHandle, HostId, SupervisorOrders};
+
+/// Entries of each ring of a channel.
+const RING_ENTRIES: u32 = 1024;
+/// Bytes of an arena for each queue: for requests of the frontend, and for those that
+/// filters issue. Each holds the largest request (4 MiB) more than once.
+const ARENA_GUEST: usize = 12 << 20;
+const ARENA_ISSUED: usize = 8 << 20;
+const ARENA_QUEUE: usize = ARENA_GUEST + ARENA_ISSUED;
+
+/// Makes the arena of a disk whose filters want data, and gives it to their hosts: for
+/// writing only to those that may change data there.
+pub(super) fn give_arena(
+    disk: &mut StartingDisk,
+    number: u32,
+    hosts: &mut [Starting],
+) -> Result<(), StartError> {
+    let accesses: Vec<(usize, DataAccess)> = disk
+        .chain
+        .slots()
+        .map(|(index, spec)| (disk.slots[index.index()].host, spec.arena_access()))
+        .collect();
+    // Zeroes that are written for a chain need room too, even if no filter looks at them.
+    if disk.slots.is_empty() {
+        return Ok(());
+    }
+    let size = ARENA_QUEUE * usize::from(disk.config.queues);
+    let failed = |source| system(&disk.name, "make an arena", source);
+    let fd = memfd("upcall-arena", size).map_err(failed)?;
+    let view = read_only_view(&fd).map_err(failed)?;
+    let mut given = HashSet::new();
+    for (host, _) in &accesses {
+        if !given.insert(*host) {
+            continue;
+        }
+        let most =
+            accesses.iter().filter(|(other, _)| other == host).map(|(_, access)| *access).max();
+        let (fd, writable) = match most {
+            Some(DataAccess::Change) => (fd.as_fd(), true),
+            Some(DataAccess::Observe) => (view.as_fd(), false),
+            _ => continue,
+        };
+        hosts[*host].process.arena(number, fd, size as u64, writable).map_err(|source| {
+            StartError::Filter { disk: disk.name.to_string(), source: Box::new(source) }
+        })?;
+    }
+    disk.arena = Some(Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).map_err(failed)?));
+    Ok(())
+}
+
+/// Everything for a disk's queue threads except their stores, which they open themselves.
+pub(super) fn connect_engines(
+    disks: &[StartingDisk],
+    index: usize,
+    hosts: &mut [Starting],
+    page: &Arc<Page>,
+    orders: &SupervisorOrders,
+    log: &LogSink,
+) -> Result<Vec<(EngineHandle, Parts)>, StartError> {
+    let disk = &disks[index];
+    let mut engines = Vec::new();
+    for queue in 0..disk.config.queues {
+        let failed = |source| system(&disk.name, "make a channel", source);
+        let (commands, receiver) = channel();
+        let wake = Doorbell::new().map_err(failed)?;
+        let mut links: Vec<Link> = Vec::new();
+        let mut slots = Vec::new();
+        for (place, slot) in disk.slots.iter().enumerate() {
+            let host = HostId(slot.host);
+            let link = match links.iter().position(|link| link.host == host) {
+                Some(link) => link,
+                None => {
+                    links.push(connect(&disk.name, index, host, &mut hosts[slot.host], &wake)?);
+                    links.len() - 1
+                }
+            };
+            slots.push(Slot {
+                link,
+                instance: slot.instance,
+                issues: hosts[slot.host].description.issues(),
+                grants: slot.grants.iter().map(|granted| lane_of(disk, *granted)).collect(),
+                stats: page.block(disk.first_hop + 1 + place, queue),
+            });
+        }
+        let start = ARENA_QUEUE * usize::from(queue);
+        let arenas = match &disk.arena {
+            None => None,
+            Some(mapping) => Some([
+                Arena::new(mapping.clone(), start, ARENA_GUEST).map_err(failed)?,
+                Arena::new(mapping.clone(), start + ARENA_GUEST, ARENA_ISSUED).map_err(failed)?,
+            ]),
+        };
+        let parts = Parts {
+            disk: disk.name.clone(),
+            commands: receiver,
+            wake: wake.clone(),
+            lanes: Vec::new(),
+            slots,
+            links,
+            arenas,
+            request_stats: page.block(disk.first_hop, queue),
+            store_stats: page.block(disk.first_hop + 1 + disk.slots.len(), queue),
+            log: log.clone(),
+            give_up: orders.give_up(),
+        };
+        engines.push((EngineHandle { commands, wake }, parts));
+    }
+    Ok(engines)
+}
+
+/// The disks that a disk's filters were granted, each once: lanes 1 and up.
+pub(super) fn granted(disk: &StartingDisk) -> Vec<usize> {
+    let mut all = Vec::new();
+    for granted in disk.slots.iter().flat_map(|slot| &slot.grants) {
+        if !all.contains(granted) {
+            all.push(*granted);
+        }
+    }
+    all
+}
+
+fn lane_of(disk: &StartingDisk, granted_disk: usize) -> usize {
+    1 + granted(disk).iter().position(|known| *known == granted_disk).unwrap_or(0)
+}
+
+fn connect(
+    disk: &str,
+    number: usize,
+    id: HostId,
+    host: &mut Starting,
+    wake: &Doorbell,
+) -> Result<Link, StartError> {
+    let failed = |source| system(disk, "make a channel", source);
+    let filter_failed =
+        |source| StartError::Filter { disk: disk.to_owned(), source: Box::new(source) };
+    if host.description.issues() && host.issue_arena.is_none() {
+        let fd = memfd("upcall-issue-arena", ISSUE_ARENA_SIZE as usize).map_err(failed)?;
+        host.process.issue_arena(fd.as_fd(), ISSUE_ARENA_SIZE).map_err(filter_failed)?;
+        let mapping =
+            Mapping::new(&fd, 0, ISSUE_ARENA_SIZE as usize, Access::ReadWrite).map_err(failed)?;
+        host.issue_arena = Some(Arc::new(mapping));
+    }
+    let (ring, fd) = Channel::create(RING_ENTRIES).map_err(failed)?;
+    let doorbell = Doorbell::new().map_err(failed)?;
+    let channel = host.channels;
+    host.channels += 1;
+    host.process
+        .channel(channel, number as u32, fd.as_fd(), doorbell.as_fd(), wake.as_fd())
+        .map_err(filter_failed)?;
+    let name = host.description.name.as_str().into();
+    Ok(Link::new(id, name, channel, ring, doorbell, host.issue_arena.clone()))
+}

@@ -1,0 +1,205 @@
+//! Putting a worker together: everything is checked before anything is left behind.
+
+mod chain;
+mod connect;
+mod open;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use upcall_block::Store;
+use upcall_chain::Chain;
+use upcall_filterhost::params::Checked;
+use upcall_filterhost::{Description, HostProcess};
+use upcall_ring::Mapping;
+use upcall_stats::{HopKind, HopSpec, Page};
+use upcall_store::{MemoryStore, NullStore, RawOptions, RawStore};
+use upcall_vhost::Listener;
+
+use crate::config::{
+    DiskConfig, LogLevel, LogSink, Placement, SocketSource, StoreConfig, WorkerConfig,
+};
+use crate::error::StartError;
+use crate::hosts::{EngineHandle, Supervisor, SupervisorOrders};
+use crate::worker::{RunningEngine, Worker};
+use chain::plan_chain;
+use connect::{connect_engines, give_arena};
+use open::{open_instances, serve, start_engines};
+
+/// Most queues of a disk.
+const QUEUES_MAX: u16 = 64;
+
+/// A filter host while the worker is being put together.
+struct Starting {
+    path: PathBuf,
+    placement: Placement,
+    process: HostProcess,
+    description: Description,
+    issue_arena: Option<Arc<Mapping>>,
+    channels: u32,
+    instances: Vec<u32>,
+}
+
+/// A slot while the worker is being put together.
+struct StartingSlot {
+    host: usize,
+    instance: u32,
+    params: Checked,
+    grants: Vec<usize>,
+}
+
+/// A disk while the worker is being put together.
+struct StartingDisk {
+    name: Arc<str>,
+    config: DiskConfig,
+    store: Arc<dyn Store>,
+    listener: Option<Listener>,
+    chain: Arc<Chain>,
+    /// In the order of the chain.
+    slots: Vec<StartingSlot>,
+    arena: Option<Arc<Mapping>>,
+    /// Index of its first hop in the page of counters: the request, then the slots, then
+    /// the store.
+    first_hop: usize,
+}
+
+/// See [`Worker::start`].
+pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
+    let WorkerConfig { disks, stats, drain_ms, log } = config;
+    check_names(&disks)?;
+    let stores = disks.iter().map(|disk| open_store(disk, &log)).collect::<Result<Vec<_>, _>>()?;
+    let mut hosts: Vec<Starting> = Vec::new();
+    let mut starting: Vec<StartingDisk> = Vec::new();
+    let names: Vec<(String, u16, bool)> =
+        disks.iter().map(|disk| (disk.name.clone(), disk.queues, disk.chain.is_empty())).collect();
+    let (mut first_hop, mut next_instance) = (0, 0);
+    for (mut config, store) in disks.into_iter().zip(stores) {
+        let listener = listen(&mut config)?;
+        let (chain, slots) =
+            plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &log)?;
+        let hops = 2 + slots.len();
+        let name = config.name.as_str().into();
+        starting.push(StartingDisk {
+            name,
+            config,
+            store,
+            listener,
+            chain,
+            slots,
+            arena: None,
+            first_hop,
+        });
+        first_hop += hops;
+    }
+    let page = make_page(stats, &starting, &hosts)?;
+    let orders = SupervisorOrders::new().map_err(|source| system("", "make a doorbell", source))?;
+    let mut parts = Vec::new();
+    for index in 0..starting.len() {
+        give_arena(&mut starting[index], index as u32, &mut hosts)?;
+        parts.push(connect_engines(&starting, index, &mut hosts, &page, &orders, &log)?);
+    }
+    let shown = open_instances(&starting, &mut hosts)?;
+    for (_, parts) in parts.iter_mut().flatten() {
+        for link in &mut parts.links {
+            link.inline = hosts[link.host.0].process.inline_channel(link.number);
+        }
+    }
+    let mut served = Vec::new();
+    for (index, parts) in parts.into_iter().enumerate() {
+        served.push(start_engines(&starting, index, parts)?);
+    }
+    let all: Vec<EngineHandle> =
+        served.iter().flatten().map(|engine: &RunningEngine| engine.handle.clone()).collect();
+    let instances = hosts.iter().map(|host| host.instances.clone()).collect();
+    let filter_names: Vec<String> =
+        hosts.iter().map(|host| host.description.name.clone()).collect();
+    let processes = hosts.into_iter().map(|host| host.process).collect();
+    let supervisor = Supervisor::start(processes, all, shown, page.clone(), log.clone(), orders)
+        .map_err(|source| system("", "start a thread", source))?;
+    let mut disks = Vec::new();
+    for (disk, engines) in starting.into_iter().zip(served) {
+        disks.push(serve(disk, engines, &filter_names, drain_ms, &log)?);
+    }
+    Ok(Worker { disks, supervisor, instances, drain_ms, log, _page: page })
+}
+
+fn make_page(
+    path: Option<PathBuf>,
+    disks: &[StartingDisk],
+    hosts: &[Starting],
+) -> Result<Arc<Page>, StartError> {
+    let mut specs = Vec::new();
+    for disk in disks {
+        let hop = |name: String, kind| HopSpec {
+            disk: disk.name.to_string(),
+            name,
+            kind,
+            queues: disk.config.queues,
+        };
+        specs.push(hop("request".into(), HopKind::Request));
+        specs.extend(
+            disk.slots
+                .iter()
+                .map(|slot| hop(hosts[slot.host].description.name.clone(), HopKind::Filter)),
+        );
+        specs.push(hop("store".into(), HopKind::Store));
+    }
+    Page::create(path.as_deref(), &specs)
+        .map(Arc::new)
+        .map_err(|source| StartError::Stats { path: path.unwrap_or_default(), source })
+}
+
+fn system(disk: &str, what: &'static str, source: impl Into<std::io::Error>) -> StartError {
+    StartError::System { disk: disk.to_owned(), what, source: source.into() }
+}
+
+fn check_names(disks: &[DiskConfig]) -> Result<(), StartError> {
+    if disks.is_empty() {
+        return Err(StartError::NoDisks);
+    }
+    let mut seen = HashSet::new();
+    for disk in disks {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if disk.name.is_empty() || disk.name.len() > 47 || !disk.name.chars().all(plain) {
+            return Err(StartError::DiskName(disk.name.clone()));
+        }
+        if !seen.insert(&disk.name) {
+            return Err(StartError::DuplicateDisk(disk.name.clone()));
+        }
+        let least = u16::from(disk.frontend.is_some() || !disk.chain.is_empty());
+        if disk.queues < least || disk.queues > QUEUES_MAX {
+            return Err(StartError::Queues { disk: disk.name.clone(), queues: disk.queues });
+        }
+    }
+    Ok(())
+}
+
+fn open_store(disk: &DiskConfig, log: &LogSink) -> Result<Arc<dyn Store>, StartError> {
+    let failed = |source| StartError::Store { disk: disk.name.clone(), source };
+    Ok(match &disk.store {
+        StoreConfig::Raw { path, direct, engine } => {
+            let (log, name) = (log.clone(), disk.name.clone());
+            let mut options = RawOptions::new(path);
+            options.read_only = disk.read_only;
+            options.direct = *direct;
+            options.engine = *engine;
+            options.on_failure = Some(Arc::new(move |text: &str| {
+                log(LogLevel::Error, &format!("disk {name}: {text}"))
+            }));
+            Arc::new(RawStore::open(options).map_err(failed)?)
+        }
+        StoreConfig::Memory { bytes } => Arc::new(MemoryStore::new(*bytes).map_err(failed)?),
+        StoreConfig::Null { bytes } => Arc::new(NullStore::new(*bytes).map_err(failed)?),
+    })
+}
+
+fn listen(config: &mut DiskConfig) -> Result<Option<Listener>, StartError> {
+    let Some(frontend) = &mut config.frontend else { return Ok(None) };
+    let socket = std::mem::replace(&mut frontend.socket, SocketSource::Path(PathBuf::new(), None));
+    let listener = match socket {
+        SocketSource::Path(path, mode) => Listener::bind(&path, mode),
+        SocketSource::Fd(fd) => Listener::adopt(fd),
+    };
+    listener.map(Some).map_err(|source| StartError::Listen { disk: config.name.clone(), source })
+}
