@@ -333,8 +333,8 @@ struct upcall_filter {
 
     /*
      * Once per filter host. load(): 0, or a negative errno: the filter is not used.
-     * unload(): when it returns, the threads that the filter made have ended, and none
-     * of them is in a service any more. No file can be opened by path after load().
+     * unload(): when it returns, the threads that the filter made have ended. From load()
+     * on, the filter must not open files by path; what it needs comes by parameters.
      */
     int32_t (*load)(const struct upcall_services *services);
     void (*unload)(void);
