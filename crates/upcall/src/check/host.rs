@@ -11,15 +11,14 @@ pub struct Usage {
     pub descriptors: u64,
 }
 
-/// The filter host that this process has started; None if there is none (any more).
+/// The filter host that this process has started: its only child. None if there is none.
 pub fn find() -> Option<PathBuf> {
     let own = std::process::id();
     let entries = std::fs::read_dir("/proc").ok()?;
-    entries.flatten().map(|entry| entry.path()).find(|path| {
-        field(path, "PPid:") == Some(own.into())
-            && std::fs::read_to_string(path.join("comm"))
-                .is_ok_and(|name| name.trim_end() == "upcall-filter")
-    })
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| field(path, "PPid:") == Some(own.into()) && usage(path).is_some())
 }
 
 /// What it uses now; None if it is gone.

@@ -118,6 +118,13 @@ fn rules(bench: &Bench) -> Result<String, Vec<String>> {
         wrong.push(format!("it broke the rules of the ABI {violations} times:"));
         wrong.extend(bench.complaints().into_iter().take(3));
     }
+    // What its host saw by itself, such as a second answer to one request.
+    let seen: Vec<String> =
+        bench.complaints().into_iter().filter(|line| line.contains(": the filter ")).collect();
+    if !seen.is_empty() {
+        wrong.push(format!("its host saw {} broken rules at least:", seen.len()));
+        wrong.extend(seen.into_iter().take(3));
+    }
     match bench.in_flight() {
         0 => {}
         left if bench.lost().is_none() => {
