@@ -37,7 +37,7 @@ pub mod verdict {
 
 /// Flags of requests, `UPCALL_REQ_FUA` and so on.
 pub mod request_flag {
-    /// Write: durable before it completes.
+    /// Write, discard, write zeroes: durable before it completes.
     pub const FUA: u16 = 1;
     /// Write zeroes: may deallocate.
     pub const UNMAP: u16 = 2;

@@ -111,7 +111,7 @@ enum {
 };
 
 /* upcall_request.flags, upcall_issue.flags */
-#define UPCALL_REQ_FUA 1u    /* write: durable before it completes */
+#define UPCALL_REQ_FUA 1u    /* write, discard, write zeroes: durable before it completes */
 #define UPCALL_REQ_UNMAP 2u  /* write zeroes: may deallocate */
 #define UPCALL_REQ_RETRY 4u  /* delivered before, to an instance that is gone */
 
@@ -206,7 +206,7 @@ struct upcall_param {
                                   except for files and addresses, which are then absent */
     const char *choices;       /* CHOICE: "one|two|three"; else NULL */
     UPCALL_ALIGN8 int64_t min; /* INT, SIZE, MILLIS: value; STRING: bytes */
-    int64_t max;
+    int64_t max;               /* both 0: any value */
 };
 
 /*
@@ -319,10 +319,14 @@ struct upcall_filter {
      * the data mapped. `changes`: with the data mapped, and the filter may change
      * it, of a write on its way down, of a read on its way up. `answers`: it may
      * say DONE. All are parts of `ops`; `sees` and `changes` of read and write
-     * only. A filter with `changes` or `answers` decides what is on the disk:
-     * operations that it does not declare in `ops` never reach the disk past it;
-     * they are done with writes, or not offered to the guest. A filter that
-     * answers writes must declare flush.
+     * only, and `ops` is not empty.
+     *
+     * A filter with `changes` or `answers` decides what is on the disk, so nothing
+     * slips past it: it must declare both read and write; write-zeroes that it
+     * does not declare is done with writes; discard that it does not declare is not
+     * offered to the guest; flush, which carries no data, passes it by. A filter
+     * that answers write, discard or write-zeroes must declare flush: what it
+     * answered is durable when it completes a flush, and that is its promise.
      */
     uint32_t ops;
     uint32_t sees;
@@ -360,7 +364,9 @@ struct upcall_filter {
      * filter answers it soon, in its own way; the answer only frees it. May come
      * after the filter has called answer() but before that has arrived: use
      * @context, not @req, to find what is meant, and ignore what is not held any
-     * more. @req is NULL; @context is what the filter stored in req->context.
+     * more. @context is what the filter stored in req->context.
+     * A filter that answers WATCH all the same still gets its io_done(), with
+     * -ECANCELED: it is where contexts are freed.
      */
     void (*cancel)(void *self, void *context);
 
@@ -368,9 +374,12 @@ struct upcall_filter {
     int32_t (*event)(void *self, uint32_t event);
 };
 
-/* Defines the one symbol that a filter exports: UPCALL_EXPORT_FILTER = { ... }; */
-#define UPCALL_EXPORT_FILTER \
-    __attribute__((visibility("default"))) const struct upcall_filter upcall_filter
+/*
+ * The one symbol that a filter exports; UPCALL_EXPORT_FILTER = { ... }; defines it. In C++,
+ * where a constant is otherwise private to its file, this declaration makes it public.
+ */
+extern __attribute__((visibility("default"))) const struct upcall_filter upcall_filter;
+#define UPCALL_EXPORT_FILTER const struct upcall_filter upcall_filter
 
 #ifdef __cplusplus
 }
