@@ -17,6 +17,17 @@ struct Plain {
     instance: Instance,
     timers: Mutex<Vec<Timer>>,
     watches: Mutex<Vec<Watch>>,
+    /// Whether it was refused a timer and blocking work while it was dropped.
+    refused_at_end: Arc<AtomicBool>,
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        let timer = self.instance.timer(MS(1), None, || {}).err();
+        let work = self.instance.run_blocking(|| {}).err();
+        let is_refused = (timer, work) == (Some(Errno::ESHUTDOWN), Some(Errno::ESHUTDOWN));
+        self.refused_at_end.store(is_refused, Ordering::Relaxed);
+    }
 }
 
 impl Filter for Plain {
@@ -34,7 +45,12 @@ impl Filter for Plain {
         if instance.param_int(c"size") == 512 {
             return Err(Errno::EINVAL);
         }
-        Ok(Plain { instance, timers: Mutex::default(), watches: Mutex::default() })
+        Ok(Plain {
+            instance,
+            timers: Mutex::default(),
+            watches: Mutex::default(),
+            refused_at_end: Arc::default(),
+        })
     }
 
     fn start_io<'a>(&self, request: Request<'a, Self>) -> Verdict<'a> {
@@ -279,6 +295,14 @@ fn close_stops_what_the_filter_left_running() {
     drop(host); // asserts that the framework was told to stop them
     assert_eq!(Arc::strong_count(&alive), 1, "the closures are freed");
     drop((timer, watch)); // and not stopped twice
+}
+
+#[test]
+fn nothing_new_begins_while_the_filter_is_dropped() {
+    let (host, _) = plain();
+    let refused = host.filter().refused_at_end.clone();
+    drop(host);
+    assert!(refused.load(Ordering::Relaxed));
 }
 
 #[test]
