@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::mem::size_of;
 use std::ptr;
 
-use crate::{OpSet, sys};
+use crate::{Op, OpSet, sys};
 
 /// A filter's place in the chain, from the guest to the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,9 +76,18 @@ impl Info {
         assert!(self.ops.contains_all(self.answers), "answers: must be a part of ops");
         assert!(OpSet::DATA.contains_all(self.sees), "sees: read and write only");
         assert!(OpSet::DATA.contains_all(self.changes), "changes: read and write only");
+        assert!(self.ops.mask() != 0, "ops: must not be empty");
+        let decides = self.changes.union(self.answers).mask() != 0;
         assert!(
-            !self.answers.contains(crate::Op::Write) || self.ops.contains(crate::Op::Flush),
-            "ops: a filter that answers writes must handle flush"
+            !decides || self.ops.contains_all(OpSet::DATA),
+            "ops: a filter that changes or answers must handle read and write"
+        );
+        let answers_writes = self.answers.contains(Op::Write)
+            || self.answers.contains(Op::Discard)
+            || self.answers.contains(Op::WriteZeroes);
+        assert!(
+            !answers_writes || self.ops.contains(Op::Flush),
+            "ops: a filter that answers write, discard or write-zeroes must handle flush"
         );
     }
 }
@@ -110,7 +119,8 @@ unsafe impl Sync for Param {}
 unsafe impl Send for Param {}
 
 /// The arguments are the parameter's name (a-z, 0-9 and _), a sentence for people, the
-/// default as the operator would write it (or `None`: it must be given), and its bounds.
+/// default as the operator would write it (or `None`: it must be given), and its bounds; if
+/// both are 0, any value is allowed.
 impl Param {
     /// A whole number.
     pub const fn int(
@@ -257,7 +267,6 @@ impl Param {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Op;
 
     const GOOD: Info = Info { name: c"good-1", ops: OpSet::ALL, ..Info::NEW };
 
@@ -279,6 +288,13 @@ mod tests {
         assert!(is_refused(Info { ops: reads, sees: writes, ..GOOD }));
         assert!(is_refused(Info { ops: reads, changes: writes, ..GOOD }));
         assert!(is_refused(Info { ops: reads, answers: writes, ..GOOD }));
-        assert!(is_refused(Info { ops: writes, answers: writes, ..GOOD }), "flush is missing");
+        assert!(is_refused(Info { ops: OpSet::NONE, ..GOOD }));
+        assert!(is_refused(Info { ops: writes, changes: writes, ..GOOD }), "read is missing");
+        assert!(!is_refused(Info { ops: OpSet::DATA, changes: writes, ..GOOD }));
+        for op in [Op::Write, Op::Discard, Op::WriteZeroes] {
+            let (ops, answers) = (OpSet::DATA.with(op), OpSet::of(&[op]));
+            assert!(is_refused(Info { ops, answers, ..GOOD }), "flush is missing");
+            assert!(!is_refused(Info { ops: ops.with(Op::Flush), answers, ..GOOD }));
+        }
     }
 }

@@ -93,7 +93,7 @@ impl Issue {
         Issue { disk: index, ..self }
     }
 
-    /// Write: durable before it completes.
+    /// Write, discard, write zeroes: durable before it completes.
     #[must_use]
     pub fn fua(self, fua: bool) -> Issue {
         self.flag(sys::REQ_FUA, fua)

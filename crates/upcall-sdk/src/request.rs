@@ -67,7 +67,7 @@ macro_rules! accessors {
             self.raw().length
         }
 
-        /// Write: whether it must be durable before it completes.
+        /// Write, discard, write zeroes: whether it must be durable before it completes.
         pub fn is_fua(&self) -> bool {
             self.raw().flags & sys::REQ_FUA != 0
         }

@@ -12,18 +12,19 @@ pub const SECOND_DISK: u32 = 1;
 pub fn of(held: &Held<Split>, instance: &Instance) -> Option<Issue> {
     let (offset, length) = (held.offset(), held.length());
     let issue = match held.op() {
-        Op::Write => Issue::write(offset, data(held, instance)?).fua(held.is_fua()),
+        Op::Write => Issue::write(offset, data(held, instance)?),
         Op::Discard => Issue::discard(offset, length),
         Op::WriteZeroes => Issue::write_zeroes(offset, length).unmap(held.may_unmap()),
         Op::Flush | Op::Read => Issue::flush(), // reads are not in `ops`
     };
-    Some(issue.on_disk(SECOND_DISK))
+    Some(issue.fua(held.is_fua()).on_disk(SECOND_DISK))
 }
 
 /// What a store that cannot discard is asked for instead: the range must read as zeroes
 /// on both disks.
 pub fn zeroes_for(held: &Held<Split>) -> Issue {
-    Issue::write_zeroes(held.offset(), held.length()).unmap(true).on_disk(SECOND_DISK)
+    let issue = Issue::write_zeroes(held.offset(), held.length()).unmap(true);
+    issue.fua(held.is_fua()).on_disk(SECOND_DISK)
 }
 
 fn data(held: &Held<Split>, instance: &Instance) -> Option<Buffer> {

@@ -219,10 +219,10 @@ fn too_many_copies_wait_for_one_to_end() {
 fn a_second_disk_that_cannot_discard_is_zeroed() {
     let mut host = host();
     host.store(1, 0, &[9; 512]);
-    let id = host.request(Op::Discard, 0, 512);
-    finish_first(&mut host, Err(Errno::EOPNOTSUPP));
+    let id = host.request_fua(Op::Discard, 0, 512);
+    assert!(finish_first(&mut host, Err(Errno::EOPNOTSUPP)).fua);
     let io = finish_first(&mut host, Ok(()));
-    assert_eq!((io.op, io.disk), (Op::WriteZeroes, 1));
+    assert_eq!((io.op, io.disk, io.fua), (Op::WriteZeroes, 1, true));
     assert_eq!(host.run(id), Ok(()));
     assert_eq!(host.stored(1)[..512], [0; 512]);
 }

@@ -191,6 +191,12 @@ impl<F: Filter> Host<F> {
         self.start(op, offset, vec![0; length as usize].into(), 0)
     }
 
+    /// Likewise, but it must be durable before it completes.
+    pub fn request_fua(&mut self, op: Op, offset: u64, length: u32) -> RequestId {
+        assert!(op != Op::Write, "a write has data: use write_fua()");
+        self.start(op, offset, vec![0; length as usize].into(), sys::REQ_FUA)
+    }
+
     /// A request that an instance which is gone had been given already.
     pub fn retry(&mut self, op: Op, offset: u64, data: &[u8]) -> RequestId {
         self.start(op, offset, data.into(), sys::REQ_RETRY)

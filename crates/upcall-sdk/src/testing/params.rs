@@ -34,7 +34,8 @@ pub(crate) fn read(
 
 fn number(param: &Param, text: &CStr) -> Option<i64> {
     let text = text.to_str().ok()?;
-    let in_bounds = |value: &i64| (param.0.min.0..=param.0.max).contains(value);
+    let (min, max) = (param.0.min.0, param.0.max);
+    let in_bounds = |value: &i64| (min, max) == (0, 0) || (min..=max).contains(value);
     match param.0.r#type {
         sys::PARAM_INT => text.parse().ok().filter(in_bounds),
         sys::PARAM_BOOL => match text {
@@ -80,6 +81,8 @@ mod tests {
         let size = Param::size(c"s", c"", Some(c"1"), 0, 1 << 30);
         assert_eq!(number(&size, c"4K"), Some(4096));
         assert_eq!(number(&size, c"2G"), None);
+        let any = Param::size(c"a", c"", Some(c"1"), 0, 0);
+        assert_eq!(number(&any, c"7T"), Some(7 << 40), "both bounds 0: any value");
         let time = Param::millis(c"t", c"", Some(c"1"), 0, 100_000);
         assert_eq!(number(&time, c"20ms"), Some(20));
         assert_eq!(number(&time, c"2s"), Some(2000));

@@ -24,7 +24,7 @@ pub struct IssuedIo {
     pub length: u32,
     /// 0: the filter's own disk, below it; n: the n-th granted disk.
     pub disk: u32,
-    /// Write: durable before it completes.
+    /// Write, discard, write zeroes: durable before it completes.
     pub fua: bool,
     /// Write zeroes: may deallocate.
     pub unmap: bool,
