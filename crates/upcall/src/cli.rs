@@ -86,7 +86,7 @@ pub struct ServeArgs {
           verbatim_doc_comment)]
     pub filter: Vec<FilterOnDisk>,
 
-    /// Disks and filters from a TOML file: the same words, as [[disk]] and [[disk.filter]]
+    /// Disks and filters from a TOML file: the same words, as `[[disk]]` and `[[disk.filter]]`
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 

@@ -13,7 +13,7 @@ pub fn print(text: &str) -> Result<(), Failure> {
 /// `bytes` for people: `64 MiB`, or `1000 bytes` if it is no whole number of anything.
 pub fn size_text(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-    match units.into_iter().find(|(shift, _)| bytes != 0 && bytes % (1 << shift) == 0) {
+    match units.into_iter().find(|(shift, _)| bytes != 0 && bytes.is_multiple_of(1 << shift)) {
         Some((shift, unit)) => format!("{} {unit}", bytes >> shift),
         None => format!("{bytes} bytes"),
     }

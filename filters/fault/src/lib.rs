@@ -1,6 +1,6 @@
 //! The `fault` filter: makes a disk as bad as a test needs it.
 //!
-//! It fails, delays, loses or tears requests; which ones, [`decision`] says. Its class is
+//! It fails, delays, loses or tears requests; which ones, module `decision` says. Its class is
 //! capture, the one nearest to the store: what it does is what a bad store would do, so
 //! everything above it, caches and replication too, must bear it.
 //!

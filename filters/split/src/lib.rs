@@ -6,7 +6,7 @@
 //!
 //! **Order.** Overlapping changes in flight may end in any order, but not in one order here
 //! and in another there: the disks would differ for good. So each change has its range for
-//! itself ([`range_lock`]) from before its copy is issued until the first disk has completed
+//! itself (module `range_lock`) from before its copy is issued until the first disk has completed
 //! it; overlapping ones wait their turn. A flush has no range: what completed before it
 //! has completed on both disks.
 //!

@@ -4,7 +4,7 @@
 //! order of its arrival, and released by a timer. Flushes pass free: they carry no data,
 //! and holding them would lengthen what the guest must wait for to be safe.
 //!
-//! Here requests meet time; what follows from that is decided in [`limiter`] and [`bucket`],
+//! Here requests meet time; what follows from that is decided in `limiter` and `bucket`,
 //! which know neither.
 #![deny(unsafe_code)]
 

@@ -22,6 +22,8 @@ const PHASES: u64 = 5;
 const PHASE_REQUESTS: u64 = 4_000;
 /// How often queues are stopped with requests in flight.
 const STOPS: u64 = 5;
+/// Time for the worker to take what was sent: some filters hold it then.
+const BEFORE_STOP: Duration = Duration::from_millis(2);
 
 /// The state of the disk between checks.
 pub struct Load<'a> {
@@ -104,14 +106,17 @@ impl<'a> Load<'a> {
     }
 
     fn stop_in_flight(&mut self, tally: &mut Tally) -> Result<(), String> {
-        for queue in 0..QUEUES {
-            let part = &mut self.parts[usize::from(queue)];
+        let ops = self.bench.info.ops;
+        let mut sent = Vec::new();
+        for (queue, part) in (0..QUEUES).zip(&self.parts) {
             let mut driver = self.bench.start_queue(queue)?;
-            let ops = self.bench.info.ops;
             let batch = batch::next(part, ops, batch::BATCH_MAX, &mut self.random);
             let waiting = driver.send(&batch);
-            self.bench.stop_queue(queue);
-            // What was sent but not taken any more is nobody's.
+            sent.push((driver, batch, waiting));
+        }
+        std::thread::sleep(BEFORE_STOP);
+        (0..QUEUES).for_each(|queue| self.bench.stop_queue(queue));
+        for ((mut driver, batch, waiting), part) in sent.into_iter().zip(&mut self.parts) {
             driver.finish_stopped(&batch, waiting, part, tally);
         }
         Ok(())

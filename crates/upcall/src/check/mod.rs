@@ -1,7 +1,7 @@
 //! `upcall filter check`: a conformance kit for filters.
 //!
 //! The real filter runs in a real filter host, in the chain of a real worker, on a disk in
-//! memory ([`bench`]). Random requests ([`batch`], from a seed) go down several queues at
+//! memory ([`mod@bench`]). Random requests ([`batch`], from a seed) go down several queues at
 //! once ([`driver`]), and what comes back is compared with a model of the disk ([`model`]).
 //!
 //! A filter may fail requests: that is its right. It may not give wrong data for those that

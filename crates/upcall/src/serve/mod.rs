@@ -1,7 +1,7 @@
 //! `upcall serve`: one worker in the foreground.
 //!
 //! What is asked for comes as [`DiskSpec`]s, from flags ([`crate::words`]) or a file
-//! ([`file`]); [`plan`] makes a worker's configuration of them; [`offer`] says what is served
+//! ([`mod@file`]); [`plan`] makes a worker's configuration of them; [`offer`] says what is served
 //! and how a hypervisor takes it.
 
 mod file;

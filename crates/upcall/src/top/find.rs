@@ -3,17 +3,26 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::time::Timespec;
 use upcall_stats::PageReader;
 
 use crate::failure::Failure;
 use crate::serve::runtime_folder;
 
-/// Whether a process runs (or is not ours to ask about, which is to say it does).
+/// Whether a process runs; one that has ended and was not waited for does not.
 pub fn is_alive(pid: u32) -> bool {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    pid.is_some_and(|pid| !matches!(test_kill_process(pid), Err(Errno::SRCH)))
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return false };
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => {
+            let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+            // Readable once it has ended.
+            !matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
+        }
+        Err(errno) => errno != Errno::SRCH,
+    }
 }
 
 /// The page of the only worker that runs, among the usual places.
@@ -79,8 +88,18 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_alive() {
+    fn a_process_is_alive_until_it_ends() {
         assert!(is_alive(std::process::id()));
         assert!(!is_alive(0) && !is_alive(u32::MAX));
+        let mut child =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        assert!(is_alive(child.id()));
+        drop(child.stdin.take());
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while is_alive(child.id()) && std::time::Instant::now() < end {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert!(!is_alive(child.id()), "it has ended, though nobody waited for it yet");
+        child.wait().unwrap();
     }
 }

@@ -37,7 +37,9 @@ fn show(
             if event::poll(left)? {
                 match event::read()? {
                     Event::Key(key) if is_quit(key.code, key.modifiers) => return Ok(()),
-                    Event::Resize(..) => drop(terminal.draw(|frame| draw(frame, &view))?),
+                    Event::Resize(..) => {
+                        terminal.draw(|frame| draw(frame, &view))?;
+                    }
                     _ => {}
                 }
             }
