@@ -14,7 +14,7 @@
 //! | 16 | 8 | how many hops, `H` |
 //! | 24 | 8 | file size in bytes |
 //! | 4096 | 256 × H | directory: one entry a hop |
-//! | after it, at multiples of 4096 | | for each hop one [`HopBlock`](block) a queue, and its counters |
+//! | after it, at multiples of 4096 | | for each hop one block a queue, and its counters |
 //!
 //! Directory entry: disk name (48 bytes, padded with zeroes), hop name (48), kind (u64: 0 the
 //! whole request, 1 a filter, 2 the store), queues (u64), offset of the blocks (u64), offset
