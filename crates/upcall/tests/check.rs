@@ -112,6 +112,37 @@ fn right_filters_pass() {
     }
 }
 
+#[test]
+fn a_filter_may_fail_requests() {
+    let folder = Folder::new("fails");
+    let filter = folder.filter("fails", SOURCE, &["-DWRONG=FAILS_SOME"]);
+    let ended = check(&filter, &["--operations", "5000"]);
+    assert_eq!(ended.code, Some(0), "{ended:#?}");
+    assert!(ended.stdout.contains("write: No space left on device"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_filter_may_be_checked_inline_and_with_granted_disks() {
+    let folder = Folder::new("inline");
+    let filter = folder.filter("right", SOURCE, &["-DWRONG=NOTHING"]);
+    let more = ["--operations", "2000", "--placement", "inline", "--grants", "1"];
+    let ended = check(&filter, &more);
+    assert_eq!(ended.code, Some(0), "{ended:#?}");
+    assert!(ended.stdout.contains(" --placement inline --grants 1\n"), "{}", ended.stdout);
+}
+
+#[test]
+fn the_same_seed_sends_the_same_requests() {
+    let folder = Folder::new("seed");
+    let filter = folder.filter("loses", SOURCE, &["-DWRONG=IGNORES_DISCARD"]);
+    let first_finding = || {
+        let said = check(&filter, &["--operations", "1000"]).stdout;
+        let line = said.lines().find(|line| line.contains("a read gave")).map(str::to_owned);
+        line.expect("a finding")
+    };
+    assert_eq!(first_finding(), first_finding());
+}
+
 /// One in Rust, which holds requests, and is cancelled while it does.
 #[test]
 fn the_throttle_passes_and_is_cancelled() {
@@ -125,7 +156,7 @@ fn the_throttle_passes_and_is_cancelled() {
     assert!(built.success());
     let filter = target.join("debug/libupcall_throttle.so");
     let filter = filter.to_str().unwrap();
-    let limit = ["--param", "iops=400", "--param", "iops_burst=8", "--operations", "400"];
+    let limit = ["--param", "iops=60", "--param", "iops_burst=8", "--operations", "100"];
     let ended = check(filter, &[&limit[..], &["--timeout-ms", "10000"]].concat());
     assert_eq!(ended.code, Some(0), "{ended:#?}");
     let stops = ended.stdout.lines().find(|line| line.starts_with("ok    stops")).unwrap();

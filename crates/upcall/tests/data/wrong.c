@@ -2,6 +2,7 @@
  * Filters that break one rule each; WRONG chooses which. The conformance kit must find every
  * one of them, and say the right thing.
  */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -22,6 +23,7 @@
 #define IGNORES_DISCARD 11  /* says done to discards and does nothing */
 #define IGNORES_CANCEL 12   /* forgets held requests, and does not answer when cancelled */
 #define SLOW_TO_CLOSE 13    /* takes ten seconds to close */
+#define FAILS_SOME 14       /* right, too: it fails every seventh request */
 
 #define BIT(op) UPCALL_OP_BIT(op)
 #define ALL (BIT(UPCALL_READ) | BIT(UPCALL_WRITE) | BIT(UPCALL_FLUSH) | \
@@ -95,6 +97,9 @@ static uint32_t start_io(void *self, struct upcall_request *request)
             memcpy(request->data, shared, request->length);
         }
         return UPCALL_PASS;
+    case FAILS_SOME:
+        request->status = -ENOSPC;
+        return number % 7 ? UPCALL_PASS : UPCALL_FAIL;
     case IGNORES_DISCARD:
         return request->op == UPCALL_DISCARD ? UPCALL_DONE : UPCALL_PASS;
     }
