@@ -37,6 +37,7 @@ rust_filter() { echo "$bin/libupcall_$1.so"; }
 
 # serve ARGUMENT...: starts `upcall serve` and waits until it is ready.
 serve() {
+    : >"$scratch/serve.out"
     "$bin/upcall" serve "$@" >"$scratch/serve.out" 2>>"$scratch/serve.err" &
     server=$!
     local i
