@@ -77,6 +77,9 @@ pub fn serve_connection(
     // However this returns, the device is dropped, and that stops the queues.
     loop {
         if let Some(ended) = wait_for_message(&watched, shutdown)? {
+            if ended == Ended::ShutDown {
+                device.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
+            }
             return Ok(ended);
         }
         if let Err(error) = handler.handle_request() {

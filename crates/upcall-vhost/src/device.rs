@@ -40,8 +40,9 @@ pub trait QueueHost {
     /// be gone for good once this returns, but for what the frontend still shares.
     fn stop(&mut self, index: u16) -> Stopped;
 
-    /// The connection has ended; the queues that run are stopped next. Nobody waits for
-    /// answers any more: what is held up may be cancelled.
+    /// The frontend is gone; the queues that run are stopped next. Nobody waits for answers
+    /// any more: what is held up may be cancelled. Not called when we end the connection:
+    /// then the guest still waits, and what was taken should end well.
     fn disconnected(&mut self) {}
 }
 
@@ -101,6 +102,8 @@ pub(crate) struct Device<'a> {
     features: u64,
     /// Why the last message was refused: `vhost`'s errors have no place for it.
     refusal: Option<Refusal>,
+    /// We end the connection, not the frontend.
+    shut_down: bool,
 }
 
 type Answer<T = ()> = Result<T, Refusal>;
@@ -109,7 +112,7 @@ impl<'a> Device<'a> {
     pub fn new(config: Arc<BlkConfig>, host: &'a mut dyn QueueHost) -> Device<'a> {
         let rings = (0..config.queues()).map(|_| Ring::default()).collect();
         let shared = Shared::new(config);
-        Device { host, shared, rings, features: 0, refusal: None }
+        Device { host, shared, rings, features: 0, refusal: None, shut_down: false }
     }
 
     /// Why the last message was refused, if it was us who did.
@@ -226,6 +229,11 @@ impl<'a> Device<'a> {
         Ok(())
     }
 
+    /// Says that we end the connection: the frontend is still there.
+    pub fn shut_down(&mut self) {
+        self.shut_down = true;
+    }
+
     /// Keeps a refusal for [`take_refusal`](Self::take_refusal).
     fn answer<T>(&mut self, answer: Answer<T>) -> Result<T, Error> {
         answer.map_err(|refusal| {
@@ -242,7 +250,9 @@ impl<'a> Device<'a> {
 
 impl Drop for Device<'_> {
     fn drop(&mut self) {
-        self.host.disconnected();
+        if !self.shut_down {
+            self.host.disconnected();
+        }
         self.stop_all();
     }
 }

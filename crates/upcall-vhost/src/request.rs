@@ -91,7 +91,10 @@ impl Parser<'_> {
     /// Whether the disk does `op` now; else how it is refused.
     fn refusal(&self, op: Op) -> Option<Body> {
         let info = self.config.info();
-        if !info.ops.contains(op) {
+        if info.read_only && op == Op::Write {
+            // Also where the store has no writes to offer (virtio 1.2, 5.2.6.2).
+            Some(Body::IOERR)
+        } else if !info.ops.contains(op) {
             Some(Body::UNSUPP)
         } else if info.read_only && op.is_modification() {
             Some(Body::IOERR)

@@ -172,6 +172,9 @@ fn a_read_only_disk_refuses_what_changes_it() {
     assert_eq!(pair.run(T_OUT, 0, &[0; 512], 0), (S_IOERR, 1));
     assert_eq!(pair.run(T_DISCARD, 0, &segment(0, 8, 0), 0), (S_IOERR, 1));
     assert_eq!(pair.run(T_IN, 0, &[], 512), (S_OK, 513));
+    let ops = OpSet::NONE.with(Op::Read).with(Op::Flush);
+    let mut pair = pair_with(DiskInfo { read_only: true, ops, ..disk_info(CAPACITY) });
+    assert_eq!(pair.run(T_OUT, 0, &[0; 512], 0), (S_IOERR, 1), "even if its store has no writes");
 }
 
 #[test]
