@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use std::os::fd::AsFd;
@@ -13,12 +14,14 @@ use upcall_vhost::{BlkConfig, Ended, Listener, QueueHost, Stopped, VirtQueue, se
 use crate::config::{LogLevel, LogSink};
 use crate::engine::Command;
 use crate::hosts::EngineHandle;
-use crate::worker::stop_queue;
+use crate::worker::StoppingQueue;
 
 /// See the module.
+/// Dropping it ends the connection, its queues first, and removes the socket.
 pub(crate) struct Frontend {
     shutdown: Doorbell,
-    thread: JoinHandle<()>,
+    ending: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
     socket: Option<PathBuf>,
 }
 
@@ -33,13 +36,15 @@ impl Frontend {
     ) -> std::io::Result<Frontend> {
         let shutdown = Doorbell::new()?;
         let socket = listener.path().map(Path::to_owned);
-        let accepting =
-            Accepting { disk, listener, config, shutdown: shutdown.clone(), drain_ms, log };
-        let mut queues = Queues { engines, drain_ms };
+        let accepting = Accepting { disk, listener, config, shutdown: shutdown.clone(), log };
+        let ending = Arc::new(AtomicBool::new(false));
+        let stopping = engines.iter().map(|_| None).collect();
+        let started = vec![false; engines.len()];
+        let mut queues = Queues { engines, drain_ms, ending: ending.clone(), started, stopping };
         let name = format!("vhost-{}", accepting.disk);
         let thread =
             std::thread::Builder::new().name(name).spawn(move || accepting.run(&mut queues))?;
-        Ok(Frontend { shutdown, thread, socket })
+        Ok(Frontend { shutdown, ending, thread: Some(thread), socket })
     }
 
     /// Where it listens, if it made the socket.
@@ -47,11 +52,18 @@ impl Frontend {
         self.socket.as_deref()
     }
 
-    /// Ends the connection, its queues first, and removes the socket.
-    pub(crate) fn stop(self) {
+    /// Begins to end it; returns at once.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
         self.shutdown.ring();
+    }
+}
+
+impl Drop for Frontend {
+    fn drop(&mut self) {
+        self.end();
         // A thread that panicked has said so; its queues are stopped by their owners.
-        let _ = self.thread.join();
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
@@ -60,7 +72,6 @@ struct Accepting {
     listener: Listener,
     config: Arc<BlkConfig>,
     shutdown: Doorbell,
-    drain_ms: u64,
     log: LogSink,
 }
 
@@ -79,7 +90,6 @@ impl Accepting {
                 }
             };
             self.say(LogLevel::Info, "a frontend connected");
-            queues.drain_ms = self.drain_ms;
             match serve_connection(stream, self.config.clone(), queues, self.shutdown.as_fd()) {
                 Ok(Ended::PeerClosed) => self.say(LogLevel::Info, "the frontend disconnected"),
                 Ok(Ended::ShutDown) => return,
@@ -96,28 +106,42 @@ impl Accepting {
 /// The queue threads of a disk, as its connection sees them.
 struct Queues {
     engines: Vec<EngineHandle>,
-    /// How long requests that filters hold may take when a ring stops; 0 once nobody waits
-    /// for their answers any more.
+    /// How long requests that filters hold may take when a ring stops.
     drain_ms: u64,
+    /// It is we who end the connection.
+    ending: Arc<AtomicBool>,
+    /// By queue, as the two that follow.
+    started: Vec<bool>,
+    stopping: Vec<Option<StoppingQueue>>,
 }
 
 impl QueueHost for Queues {
     fn start(&mut self, index: u16, queue: VirtQueue) {
+        self.started[usize::from(index)] = true;
         self.engines[usize::from(index)].send(Command::Start(Box::new(queue)));
     }
 
     fn stop(&mut self, index: u16) -> Stopped {
-        let queue = stop_queue(&self.engines[usize::from(index)], self.drain_ms);
-        let queue = queue
+        let at = usize::from(index);
+        self.started[at] = false;
+        let stopping = self.stopping[at].take();
+        let queue = stopping
+            .unwrap_or_else(|| StoppingQueue::begin(&self.engines[at], self.drain_ms))
+            .wait()
             .map(|queue| queue as Box<dyn Any>)
             .and_then(|queue| queue.downcast::<VirtQueue>().ok());
         match queue {
             Some(queue) => queue.finish(),
-            None => unreachable!("a queue thread gives back the queue that it was given"),
+            None => unreachable!("a queue thread that lives gives back the queue it was given"),
         }
     }
 
     fn disconnected(&mut self) {
-        self.drain_ms = 0;
+        // Nobody waits for what filters hold, unless it is we who go.
+        let drain_ms = if self.ending.load(Ordering::SeqCst) { self.drain_ms } else { 0 };
+        // All at once: their patience runs in parallel.
+        for (at, engine) in self.engines.iter().enumerate().filter(|(at, _)| self.started[*at]) {
+            self.stopping[at] = Some(StoppingQueue::begin(engine, drain_ms));
+        }
     }
 }

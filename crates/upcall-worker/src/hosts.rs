@@ -80,9 +80,20 @@ impl Supervisor {
 
     /// Ends the watch and gives the filter hosts back. Those that were lost are dead.
     pub(crate) fn stop(mut self) -> Vec<HostProcess> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Vec<HostProcess> {
         let _ = self.orders.send(Order::Return);
         self.wake.ring();
         self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
+    }
+}
+
+/// Dropping it ends the filter hosts.
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        drop(self.end());
     }
 }
 

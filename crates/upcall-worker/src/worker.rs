@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -16,7 +16,8 @@ use crate::error::StartError;
 use crate::frontend::Frontend;
 use crate::hosts::{EngineHandle, Supervisor};
 
-/// A running worker: serves its disks until it is shut down.
+/// A running worker: serves its disks until it is shut down. Dropping it instead ends it too,
+/// but filters are not closed, and nothing is said about the stores.
 pub struct Worker {
     pub(crate) disks: Vec<ServedDisk>,
     pub(crate) supervisor: Supervisor,
@@ -35,8 +36,9 @@ pub(crate) struct ServedDisk {
     pub(crate) info: DiskInfo,
     pub(crate) summary: String,
     pub(crate) chain: Vec<String>,
-    pub(crate) engines: Vec<RunningEngine>,
+    /// Dropped before the queue threads that it needs.
     pub(crate) frontend: Option<Frontend>,
+    pub(crate) engines: Vec<RunningEngine>,
 }
 
 /// A queue thread. Dropping it ends it.
@@ -113,7 +115,8 @@ impl Worker {
     /// Stops serving such a queue and gives it back; waits for what it took to end, and
     /// cancels what filters still hold after the worker's `drain_ms`.
     pub fn stop_queue(&self, disk: usize, queue: u16) -> Option<Box<dyn RequestQueue>> {
-        stop_queue(&self.disks[disk].engines[usize::from(queue)].handle, self.drain_ms)
+        let engine = &self.disks[disk].engines[usize::from(queue)].handle;
+        StoppingQueue::begin(engine, self.drain_ms).wait()
     }
 
     /// Waits until `shutdown` is readable.
@@ -126,11 +129,13 @@ impl Worker {
     pub fn shutdown(self) -> ExitReport {
         let mut report = ExitReport::default();
         let mut disks = self.disks;
-        for disk in &mut disks {
-            if let Some(frontend) = disk.frontend.take() {
-                frontend.stop();
-            }
-        }
+        // All begin to end before the first is waited for.
+        disks.iter().filter_map(|disk| disk.frontend.as_ref()).for_each(Frontend::end);
+        disks.iter_mut().for_each(|disk| drop(disk.frontend.take()));
+        let engines = disks.iter().flat_map(|disk| &disk.engines);
+        let stopping: Vec<StoppingQueue> =
+            engines.map(|engine| StoppingQueue::begin(&engine.handle, self.drain_ms)).collect();
+        stopping.into_iter().for_each(|stopping| drop(stopping.wait()));
         // Instances close while the queue threads still run: what they have issued must end.
         let mut hosts = self.supervisor.stop();
         for (host, instances) in hosts.iter_mut().zip(&self.instances) {
@@ -168,9 +173,18 @@ impl Worker {
     }
 }
 
-/// Stops a queue thread's queue, from another thread.
-pub(crate) fn stop_queue(engine: &EngineHandle, drain_ms: u64) -> Option<Box<dyn RequestQueue>> {
-    let (reply, stopped) = sync_channel(1);
-    engine.send(Command::Stop { drain_ms, reply });
-    stopped.recv().ok().flatten()
+/// A queue that was told to stop, by another thread than its own.
+pub(crate) struct StoppingQueue(Receiver<Option<Box<dyn RequestQueue>>>);
+
+impl StoppingQueue {
+    pub(crate) fn begin(engine: &EngineHandle, drain_ms: u64) -> StoppingQueue {
+        let (reply, stopped) = sync_channel(1);
+        engine.send(Command::Stop { drain_ms, reply });
+        StoppingQueue(stopped)
+    }
+
+    /// The queue, once all that was taken from it has ended; None if none was served.
+    pub(crate) fn wait(self) -> Option<Box<dyn RequestQueue>> {
+        self.0.recv().ok().flatten()
+    }
 }

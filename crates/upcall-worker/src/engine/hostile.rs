@@ -172,6 +172,7 @@ impl World {
             instance: index as u32,
             issues: index == 1,
             grants: if index == 1 { vec![1] } else { vec![] },
+            arena: index,
             stats: page.block(1 + index, 0),
         };
         let (commands, receiver) = channel();
@@ -183,9 +184,9 @@ impl World {
             lanes: vec![lane(chain), lane(bare)],
             slots: vec![slot(0), slot(1)],
             links,
-            arenas: Some(
-                [0, ARENA].map(|start| Arena::new(arena.clone(), start, ARENA).expect("an arena")),
-            ),
+            arenas: [0, ARENA]
+                .map(|start| Arena::new(arena.clone(), start, ARENA).expect("an arena"))
+                .into(),
             request_stats: page.block(0, 0),
             store_stats: page.block(3, 0),
             log: Arc::new(|_, _| {}),
@@ -250,7 +251,7 @@ impl World {
             (0, 0),
             "nothing is left in flight"
         );
-        let pages = self.engine.parts.arenas.iter().flatten().map(Arena::in_use_pages).sum::<u32>();
+        let pages = self.engine.parts.arenas.iter().map(Arena::in_use_pages).sum::<u32>();
         assert_eq!(pages, 0, "all memory came back");
     }
 }

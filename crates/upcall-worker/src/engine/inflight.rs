@@ -1,5 +1,7 @@
 //! What a queue thread remembers of a request between its arrival and its end.
 
+use std::collections::VecDeque;
+
 use smallvec::SmallVec;
 use upcall_block::{Op, Range, RequestFlags, Tag};
 use upcall_chain::{Action, Chunks, Flight, Join, SlotIndex};
@@ -21,6 +23,8 @@ pub(super) enum Origin {
         instance: u32,
         /// The filter host's name for it.
         id: u64,
+        /// The arena for its data.
+        arena: usize,
     },
 }
 
@@ -60,6 +64,14 @@ pub(super) struct InFlight {
     pub(super) stored_ns: u64,
 }
 
+/// Requests that wait for room in one arena, in the order of their arrival.
+#[derive(Default)]
+pub(super) struct Waiting {
+    pub(super) requests: VecDeque<u32>,
+    /// They are being let go on: who makes room meanwhile need not do it too.
+    pub(super) going_on: bool,
+}
+
 /// A request that was split: zeroes written in pieces.
 pub(super) struct Whole {
     pub(super) join: Join,
@@ -72,5 +84,9 @@ pub(super) struct Whole {
     pub(super) below: Option<SlotIndex>,
     /// What has not been given to parts yet.
     pub(super) chunks: Chunks,
+    /// Parts in flight.
+    pub(super) parts: usize,
+    /// Parts are being begun: one that ends meanwhile need not begin the next.
+    pub(super) beginning: bool,
     pub(super) arrived_ns: u64,
 }

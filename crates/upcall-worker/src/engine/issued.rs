@@ -6,7 +6,8 @@ use upcall_block::{Errno, Range, Status};
 use upcall_chain::SlotIndex;
 use upcall_ring::Buffers;
 
-use super::carry::{Begin, raw_status};
+use super::begin::Begin;
+use super::carry::raw_status;
 use super::inflight::Origin;
 use super::link::Sent;
 use super::message::Issue;
@@ -28,6 +29,10 @@ impl Engine {
         if !self.parts.links[link].issue_begins(instance) {
             self.violation(link, "it issued more requests at once than it may");
             self.report(link, instance, issue.id, Err(Errno::from_raw(11)));
+            return;
+        }
+        if self.quit.is_some() {
+            self.issued_ended(link, instance, issue.id, Err(Errno::from_raw(108)));
             return;
         }
         match self.check_issue(link, index, &issue) {
@@ -63,6 +68,7 @@ impl Engine {
                 link,
                 instance: self.parts.slots[slot].instance,
                 id: issue.id,
+                arena: self.parts.slots[slot].arena,
             },
             lane,
             below: if lane == 0 { SlotIndex::new(slot) } else { None },

@@ -105,6 +105,11 @@ impl Link {
         sane
     }
 
+    /// Entries that wait for room in the ring. Nobody rings when there is some.
+    pub(super) fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+
     /// Counts a broken rule; true if that was one too many.
     pub(super) fn violation(&mut self) -> bool {
         self.violations += 1;

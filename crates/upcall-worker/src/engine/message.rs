@@ -72,8 +72,16 @@ fn issue(entry: &Completion) -> Result<Issue, Malformed> {
     let Some(op) = Op::from_number(entry.code) else {
         return Err(Malformed("an issued request with an unknown operation"));
     };
-    if entry.flags & !(request_flag::FUA | request_flag::UNMAP) != 0 {
-        return Err(Malformed("an issued request with unknown flags"));
+    let flags = match op {
+        Op::Write => request_flag::FUA,
+        Op::WriteZeroes => request_flag::UNMAP,
+        _ => 0,
+    };
+    if entry.flags & !flags != 0 {
+        return Err(Malformed("an issued request with flags that its operation does not have"));
+    }
+    if (op == Op::Flush) != (entry.length == 0) || op == Op::Flush && entry.offset != 0 {
+        return Err(Malformed("an issued request with a range where there is none, or without"));
     }
     let most = if op.has_data() { filter::DATA_LENGTH_MAX } else { filter::LENGTH_MAX };
     if entry.length > most {
@@ -136,6 +144,13 @@ mod tests {
             parse(&Completion { code: Op::Flush as u8, ..good }).is_err(),
             "a flush has no data"
         );
-        assert!(parse(&Completion { code: Op::Flush as u8, data: NO_DATA, ..good }).is_ok());
+        let flush = Completion { code: Op::Flush as u8, data: NO_DATA, length: 0, ..good };
+        assert!(parse(&flush).is_ok());
+        assert!(parse(&Completion { length: 4096, ..flush }).is_err(), "a flush has no range");
+        assert!(parse(&Completion { offset: 4096, ..flush }).is_err());
+        assert!(parse(&Completion { length: 0, ..good }).is_err(), "a write has one");
+        assert!(parse(&Completion { flags: request_flag::FUA, ..good }).is_ok());
+        assert!(parse(&Completion { flags: request_flag::UNMAP, ..good }).is_err());
+        assert!(parse(&Completion { flags: request_flag::FUA, ..flush }).is_err());
     }
 }

@@ -8,6 +8,8 @@
 //! that a filter host writes can make the thread panic, block or touch memory outside the
 //! arenas; the thread sleeps only when everybody who may have work for it will wake it.
 
+mod answer;
+mod begin;
 mod carry;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod hostile;
@@ -19,12 +21,13 @@ mod slab;
 mod stop;
 mod whole;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::{ClockId, Timespec, clock_gettime};
+use upcall_abi::filter::ISSUED_MAX;
 use upcall_block::{Request, RequestQueue, StoreDone, StoreQueue};
 use upcall_chain::{Chain, SlotIndex};
 use upcall_ring::{Arena, Doorbell, Turn, Waiter};
@@ -34,14 +37,18 @@ pub(crate) use link::Link;
 
 use crate::config::{LogLevel, LogSink};
 use crate::hosts::{GiveUp, HostId};
-use inflight::{InFlight, Whole};
+use inflight::{InFlight, Waiting, Whole};
 use slab::Slab;
-use stop::Stop;
+use stop::{Abandoned, Patience, Stop};
 
 /// Requests taken from the frontend in one turn of the loop.
 const BATCH: usize = 64;
 /// Entries taken from a completion ring in one turn.
 const REAP: usize = 256;
+/// Entries that may always wait for room in a filter host's ring.
+const BACKLOG_MIN: usize = 8192;
+/// How soon a full ring is looked at again.
+const ROOM_NS: u64 = 1_000_000;
 
 /// What other threads ask of a queue thread; ring its doorbell after sending.
 pub(crate) enum Command {
@@ -52,7 +59,7 @@ pub(crate) enum Command {
     Stop { drain_ms: u64, reply: SyncSender<Option<Box<dyn RequestQueue>>> },
     /// This filter host is gone.
     HostLost(HostId),
-    /// End the thread, once nothing is in flight.
+    /// End the thread, once nothing is in flight; what filters still hold is cancelled.
     Quit,
 }
 
@@ -71,6 +78,8 @@ pub(crate) struct Slot {
     pub(crate) issues: bool,
     /// The lanes of the disks it was granted, in its order.
     pub(crate) grants: Vec<usize>,
+    /// The arena for the data of requests that its filter issues.
+    pub(crate) arena: usize,
     pub(crate) stats: Block,
 }
 
@@ -84,9 +93,11 @@ pub(crate) struct Parts {
     /// In the order of the chain.
     pub(crate) slots: Vec<Slot>,
     pub(crate) links: Vec<Link>,
-    /// For requests of the frontend, and for those that filters issue: two, so that the
-    /// former cannot use up what the latter need to let them end.
-    pub(crate) arenas: Option<[Arena; 2]>,
+    /// For requests of the frontend, then for those that filters issue: one for each slot
+    /// that needs it ([`Slot::arena`]). A request waits only for those that were issued
+    /// below it, so none waits for room that it takes up itself. Empty if no filter looks
+    /// at data.
+    pub(crate) arenas: Vec<Arena>,
     pub(crate) request_stats: Block,
     pub(crate) store_stats: Block,
     pub(crate) log: LogSink,
@@ -99,16 +110,18 @@ pub(crate) struct Engine {
     parts: Parts,
     frontend: Option<Box<dyn RequestQueue>>,
     stop: Option<Stop>,
-    quit: bool,
+    quit: Option<Patience>,
+    /// The frontend's queue can serve no more, and that was said.
+    broken: bool,
     flights: Slab<InFlight>,
     wholes: Slab<Whole>,
-    /// Requests that wait for room in an arena, by arena, in the order of their arrival.
-    waiting: [VecDeque<u32>; 2],
+    /// By arena; there is one for requests of the frontend in any case.
+    waiting: Vec<Waiting>,
     /// Requests of the frontend that have not ended.
     guest_requests: usize,
     serial: u32,
     /// Deliveries of requests that ended without their answer, which may still come.
-    abandoned: HashSet<u64>,
+    abandoned: HashMap<u64, Abandoned>,
     taken: Vec<Request>,
     stored: Vec<StoreDone>,
     waiter: Waiter,
@@ -122,17 +135,19 @@ pub(crate) fn now_ns() -> u64 {
 
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Engine {
+        let waiting = parts.arenas.len().max(1);
         Engine {
             parts,
             frontend: None,
             stop: None,
-            quit: false,
+            quit: None,
+            broken: false,
             flights: Slab::new(),
             wholes: Slab::new(),
-            waiting: [VecDeque::new(), VecDeque::new()],
+            waiting: std::iter::repeat_with(Waiting::default).take(waiting).collect(),
             guest_requests: 0,
             serial: 0,
-            abandoned: HashSet::new(),
+            abandoned: HashMap::new(),
             taken: Vec::with_capacity(BATCH),
             stored: Vec::with_capacity(BATCH),
             waiter: Waiter::default(),
@@ -143,7 +158,7 @@ impl Engine {
     pub(crate) fn run(mut self) {
         loop {
             let busy = self.turn();
-            if self.quit && self.flights.len() == 0 {
+            if self.quit.is_some() && self.flights.len() == 0 {
                 return;
             }
             match self.waiter.turn(busy, now_ns()) {
@@ -160,7 +175,7 @@ impl Engine {
         busy |= self.take_requests();
         busy |= self.reap_links();
         busy |= self.reap_stores();
-        self.publish();
+        busy |= self.publish();
         busy | self.check_stop()
     }
 
@@ -181,13 +196,14 @@ impl Engine {
                 Ok(Command::Start(queue)) => {
                     debug_assert!(self.frontend.is_none());
                     self.frontend = Some(queue);
+                    self.broken = false;
                 }
                 Ok(Command::Stop { drain_ms, reply }) => self.begin_stop(drain_ms, reply),
                 Ok(Command::HostLost(host)) => self.lose(host),
-                Ok(Command::Quit) => self.quit = true,
+                Ok(Command::Quit) => self.begin_quit(),
                 Err(TryRecvError::Empty) => return busy,
                 Err(TryRecvError::Disconnected) => {
-                    self.quit = true;
+                    self.begin_quit();
                     return busy;
                 }
             }
@@ -195,14 +211,21 @@ impl Engine {
         }
     }
 
-    fn take_requests(&mut self) -> bool {
-        let Some(queue) = &mut self.frontend else { return false };
+    /// Whether requests are taken from the frontend.
+    fn listens(&self) -> bool {
+        let ending = self.stop.is_some() || self.quit.is_some();
         // What waits for room would only wait behind itself: leave the rest in the ring.
-        if self.stop.is_some() || !self.waiting[0].is_empty() {
+        !ending && !self.broken && self.waiting[0].requests.is_empty()
+    }
+
+    fn take_requests(&mut self) -> bool {
+        if !self.listens() {
             return false;
         }
+        let Some(queue) = &mut self.frontend else { return false };
         let mut taken = std::mem::take(&mut self.taken);
         if let Err(error) = queue.take(BATCH, &mut taken) {
+            self.broken = true;
             self.log(
                 LogLevel::Error,
                 &format!("a queue is broken: {error}; the guest must reset the device"),
@@ -243,20 +266,33 @@ impl Engine {
         busy
     }
 
-    /// Shows the others what this turn has done: once for all of it.
-    fn publish(&mut self) {
+    /// Shows the others what this turn has done: once for all of it. True if that led to
+    /// more, which is not shown yet.
+    fn publish(&mut self) -> bool {
+        // A filter host answers only what it has taken, so no more than this waits for one
+        // that takes anything.
+        let backlog_max =
+            BACKLOG_MIN + 2 * self.flights.len() + ISSUED_MAX * self.parts.slots.len();
+        let mut busy = false;
         for link in 0..self.parts.links.len() {
-            if !self.parts.links[link].publish() {
+            let sane = self.parts.links[link].publish();
+            if !sane {
                 self.give_up(link, "its ring makes no sense");
+            } else if self.parts.links[link].backlog() > backlog_max {
+                self.give_up(link, "it answers, and does not take what it is sent");
+            } else {
+                continue;
             }
+            busy = true;
         }
         if let Some(queue) = &mut self.frontend {
             queue.publish();
         }
+        busy
     }
 
     /// Gives a filter host up: it is killed, and what was with it fails.
-    fn give_up(&mut self, link: usize, reason: &str) {
+    pub(super) fn give_up(&mut self, link: usize, reason: &str) {
         let link = &mut self.parts.links[link];
         if !link.lost {
             let host = link.host;
@@ -269,6 +305,7 @@ impl Engine {
         for link in 0..self.parts.links.len() {
             if self.parts.links[link].host == host && !self.parts.links[link].lost {
                 self.parts.links[link].lose();
+                self.abandoned.retain(|_, late| late.link != link);
                 self.fail_visits(|slot| slot.link == link);
             }
         }
@@ -276,6 +313,15 @@ impl Engine {
 
     fn slot(&self, slot: SlotIndex) -> &Slot {
         &self.parts.slots[slot.index()]
+    }
+
+    /// How long it may sleep although nobody wakes it.
+    fn sleep_ns_max(&self) -> Option<u64> {
+        let patience = self.stop.as_ref().map(|stop| &stop.patience).into_iter().chain(&self.quit);
+        let ends = patience.map(|patience| patience.until_ns.saturating_sub(now_ns())).min();
+        // A filter host does not say when there is room in its ring again.
+        let waits = self.parts.links.iter().any(|link| link.backlog() > 0);
+        ends.into_iter().chain(waits.then_some(ROOM_NS)).min()
     }
 
     /// Sleeps until somebody has work for this thread, or a stop is overdue.
@@ -287,7 +333,7 @@ impl Engine {
         for lane in &mut self.parts.lanes {
             ready &= lane.store.before_sleep();
         }
-        let listens = self.stop.is_none() && self.waiting[0].is_empty();
+        let listens = self.listens();
         if let Some(queue) = &mut self.frontend
             && listens
         {
@@ -305,12 +351,9 @@ impl Engine {
                 let kick = self.frontend.as_ref().and_then(|queue| queue.doorbell());
                 fds.extend(kick.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             }
-            let timeout = self.stop.as_ref().map(|stop| {
-                let left = stop.deadline_ns.saturating_sub(now_ns());
-                Timespec {
-                    tv_sec: (left / 1_000_000_000) as i64,
-                    tv_nsec: (left % 1_000_000_000) as _,
-                }
+            let timeout = self.sleep_ns_max().map(|left| Timespec {
+                tv_sec: (left / 1_000_000_000) as i64,
+                tv_nsec: (left % 1_000_000_000) as _,
             });
             // An error (EINTR) is a wake-up like any other: the loop looks at everything.
             let _ = poll(&mut fds, timeout.as_ref());

@@ -1,23 +1,64 @@
-//! Stopping a queue: nothing new is taken, what was taken ends, and the queue goes back.
+//! Stopping a queue: nothing new is taken, what was taken ends, and the queue goes back. And
+//! ending the thread: whatever is in flight ends.
+//!
+//! Both are patient first, then cancel what filters hold, then end what a filter has not
+//! given back even so. Only the store is waited for without end: it writes to memory that
+//! others would use.
 
 use std::sync::mpsc::SyncSender;
 
 use upcall_block::{Errno, RequestQueue};
+use upcall_chain::DataAccess;
 
-use super::inflight::Origin;
+use super::inflight::{InFlight, Origin};
 use super::{Engine, now_ns};
 use crate::config::LogLevel;
 
 /// How long a filter may take to answer after a cancel.
 const CANCEL_GRACE_NS: u64 = 2_000_000_000;
+/// Requests that a filter host may owe an answer to although they have ended.
+const ABANDONED_MAX: usize = 1024;
+
+/// How long to wait, and for what.
+pub(super) struct Patience {
+    pub(super) until_ns: u64,
+    /// It is for the answers to a cancel.
+    cancelled: bool,
+}
+
+/// What follows when patience ends.
+enum Due {
+    Cancel,
+    Abandon,
+}
+
+impl Patience {
+    fn new(ms: u64) -> Patience {
+        let until_ns = now_ns().saturating_add(ms.saturating_mul(1_000_000));
+        Patience { until_ns, cancelled: false }
+    }
+
+    fn check(&mut self) -> Option<Due> {
+        if now_ns() < self.until_ns {
+            return None;
+        }
+        self.until_ns = now_ns().saturating_add(CANCEL_GRACE_NS);
+        let cancelled = std::mem::replace(&mut self.cancelled, true);
+        Some(if cancelled { Due::Abandon } else { Due::Cancel })
+    }
+}
 
 /// A stop under way.
 pub(super) struct Stop {
     reply: SyncSender<Option<Box<dyn RequestQueue>>>,
-    /// When patience ends: first with requests that filters hold, then with filters that do
-    /// not answer a cancel.
-    pub(super) deadline_ns: u64,
-    cancelled: bool,
+    pub(super) patience: Patience,
+}
+
+/// A delivery that was given up, although its filter host lives.
+pub(super) struct Abandoned {
+    pub(super) link: usize,
+    /// Its filter said later that it holds the request, and was told that it need not.
+    pub(super) held: bool,
 }
 
 impl Engine {
@@ -26,58 +67,56 @@ impl Engine {
         drain_ms: u64,
         reply: SyncSender<Option<Box<dyn RequestQueue>>>,
     ) {
-        let deadline_ns = now_ns().saturating_add(drain_ms.saturating_mul(1_000_000));
-        self.stop = Some(Stop { reply, deadline_ns, cancelled: false });
+        self.stop = Some(Stop { reply, patience: Patience::new(drain_ms) });
     }
 
-    /// Carries a stop forward; true if it did something.
+    /// Filter instances are closed by now: what is left was left behind, and is cancelled.
+    pub(super) fn begin_quit(&mut self) {
+        if self.quit.is_none() {
+            self.quit = Some(Patience::new(0));
+        }
+    }
+
+    /// Carries a stop and the end forward; true if it did something.
     pub(super) fn check_stop(&mut self) -> bool {
-        let Some(stop) = &mut self.stop else { return false };
-        if self.guest_requests == 0 {
-            let queue = self.frontend.take();
-            if let Some(Stop { reply, .. }) = self.stop.take() {
-                // Whoever asked may have given up waiting; then the queue ends here.
-                let _ = reply.send(queue);
-            }
+        if self.guest_requests == 0
+            && let Some(Stop { reply, .. }) = self.stop.take()
+        {
+            // Whoever asked may have given up waiting; then the queue ends here.
+            let _ = reply.send(self.frontend.take());
             return true;
         }
-        if now_ns() < stop.deadline_ns {
-            return false;
-        }
-        if !stop.cancelled {
-            stop.cancelled = true;
-            stop.deadline_ns = now_ns().saturating_add(CANCEL_GRACE_NS);
-            self.cancel_guest_requests();
-        } else {
-            stop.deadline_ns = now_ns().saturating_add(CANCEL_GRACE_NS);
-            self.abandon_guest_requests();
+        let stop = self.stop.as_mut().and_then(|stop| stop.patience.check());
+        let quit = self.quit.as_mut().and_then(Patience::check);
+        let Some(due) = quit.as_ref().or(stop.as_ref()) else { return false };
+        let flights = self.flights.iter();
+        let chosen = flights.filter(|(_, flight)| quit.is_some() || self.is_guests(flight));
+        let chosen: Vec<u32> = chosen.map(|(number, _)| number).collect();
+        match due {
+            Due::Cancel => self.cancel_requests(&chosen),
+            Due::Abandon => self.abandon_requests(&chosen),
         }
         true
     }
 
-    fn guest_flights(&self) -> Vec<u32> {
-        let is_guests = |origin: Origin| match origin {
+    fn is_guests(&self, flight: &InFlight) -> bool {
+        match flight.origin {
             Origin::Guest(_) => true,
             Origin::Part(whole) => {
                 matches!(self.wholes.get(whole).map(|whole| whole.origin), Some(Origin::Guest(_)))
             }
             Origin::Issued { .. } => false,
-        };
-        self.flights
-            .iter()
-            .filter(|(_, flight)| is_guests(flight.origin))
-            .map(|(number, _)| number)
-            .collect()
+        }
     }
 
-    fn cancel_guest_requests(&mut self) {
-        for number in self.guest_flights() {
+    fn cancel_requests(&mut self, chosen: &[u32]) {
+        for &number in chosen {
             let Some(flight) = self.flights.get_mut(number) else { continue };
             if flight.waiting.take().is_some() {
-                // It waits for room in the arena: nobody has it yet.
-                self.waiting
-                    .iter_mut()
-                    .for_each(|waiting| waiting.retain(|other| *other != number));
+                // It waits for room in an arena: nobody has it yet.
+                for waiting in &mut self.waiting {
+                    waiting.requests.retain(|other| *other != number);
+                }
                 self.finish(number, Err(Errno::ECANCELED));
                 continue;
             }
@@ -86,18 +125,34 @@ impl Engine {
         }
     }
 
-    /// Ends the requests whose filter has not even answered a cancel. Those in the store
-    /// must be waited for: the store writes to their memory.
-    fn abandon_guest_requests(&mut self) {
+    /// Ends requests whose filter has not even answered a cancel. Those in the store must
+    /// be waited for.
+    fn abandon_requests(&mut self, chosen: &[u32]) {
         let mut count = 0;
-        for number in self.guest_flights() {
-            let Some(visit) = self.flights.get(number).and_then(|flight| flight.visit) else {
+        for &number in chosen {
+            let Some(flight) = self.flights.get(number) else { continue };
+            let Some(visit) = flight.visit else { continue };
+            if visit.since_ns.saturating_add(CANCEL_GRACE_NS) > now_ns() {
+                // It came there only after the cancel, and has the same time.
                 continue;
-            };
-            self.abandoned.insert(visit.delivery.token());
+            }
             count += 1;
-            if let Some(action) = self.leave_lost(number) {
-                self.carry_out(number, action);
+            let link = self.slot(visit.slot).link;
+            let chain = &self.parts.lanes[flight.lane].chain;
+            let access = if visit.up {
+                chain.data_on_way_up(flight.op, visit.slot)
+            } else {
+                chain.data_on_way_down(flight.op, visit.slot)
+            };
+            if flight.slice.is_some() && access == DataAccess::Change {
+                // It may still write there, and others shall use the memory.
+                self.give_up(link, "it answered neither a request nor its cancel");
+                continue;
+            }
+            self.abandoned.insert(visit.delivery.token(), Abandoned { link, held: false });
+            self.fail_visit(number, visit.delivery);
+            if self.abandoned.values().filter(|late| late.link == link).count() > ABANDONED_MAX {
+                self.give_up(link, "it owes too many answers");
             }
         }
         if count > 0 {

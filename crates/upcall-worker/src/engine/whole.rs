@@ -3,12 +3,12 @@
 
 use std::num::NonZeroU32;
 
-use upcall_block::{Op, Status};
+use upcall_block::{Op, RequestFlags, Status};
 use upcall_chain::{Chunks, Join};
 use upcall_ring::Buffers;
 
 use super::Engine;
-use super::carry::Begin;
+use super::begin::Begin;
 use super::inflight::{Origin, Whole};
 
 /// Bytes of a part.
@@ -27,37 +27,49 @@ impl Engine {
         let number = self.wholes.insert(Whole {
             join: Join::new(count),
             chunks,
+            parts: 0,
+            beginning: false,
             op: begin.op,
             range: begin.range,
-            flags: begin.flags,
+            // Writes give no space back.
+            flags: RequestFlags { unmap: false, ..begin.flags },
             lane: begin.lane,
             origin: begin.origin,
             below: begin.below,
             arrived_ns: begin.arrived_ns,
         });
-        for _ in 0..PARTS_AT_ONCE {
-            self.begin_part(number);
-        }
+        self.begin_parts(number);
     }
 
-    fn begin_part(&mut self, number: u32) {
-        let Some(whole) = self.wholes.get_mut(number) else { return };
-        let Some(range) = whole.chunks.next() else { return };
-        let part = Begin {
-            op: Op::Write,
-            range,
-            flags: whole.flags,
-            data: Buffers::new(),
-            origin: Origin::Part(number),
-            lane: whole.lane,
-            below: whole.below,
-            arrived_ns: whole.arrived_ns,
-        };
-        self.begin_flight(part);
+    /// Begins as many parts as may be in flight. Parts may end within, and the whole with
+    /// the last of them.
+    fn begin_parts(&mut self, number: u32) {
+        while let Some(whole) = self.wholes.get_mut(number)
+            && whole.parts < PARTS_AT_ONCE
+            && let Some(range) = whole.chunks.next()
+        {
+            whole.parts += 1;
+            whole.beginning = true;
+            let part = Begin {
+                op: Op::Write,
+                range,
+                flags: whole.flags,
+                data: Buffers::new(),
+                origin: Origin::Part(number),
+                lane: whole.lane,
+                below: whole.below,
+                arrived_ns: whole.arrived_ns,
+            };
+            self.begin_flight(part);
+        }
+        if let Some(whole) = self.wholes.get_mut(number) {
+            whole.beginning = false;
+        }
     }
 
     pub(super) fn part_ended(&mut self, number: u32, status: Status) {
         let Some(whole) = self.wholes.get_mut(number) else { return };
+        whole.parts -= 1;
         let mut ended = whole.join.handle_part(status);
         if ended.is_none() && whole.join.has_failed() {
             // The rest need not begin.
@@ -66,7 +78,8 @@ impl Engine {
             }
         }
         match ended {
-            None => self.begin_part(number),
+            None if whole.beginning => {}
+            None => self.begin_parts(number),
             Some(status) => {
                 if let Some(whole) = self.wholes.remove(number) {
                     self.end(whole.origin, whole.op, whole.range, whole.arrived_ns, status);

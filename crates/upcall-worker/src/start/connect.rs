@@ -1,12 +1,14 @@
 //! Arenas and channels: what queue threads and filter hosts share.
 
 use std::collections::HashSet;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use upcall_abi::filter::ISSUE_ARENA_SIZE;
-use upcall_chain::DataAccess;
+use upcall_block::Op;
+use upcall_chain::{Chain, DataAccess, Entry, Route};
 use upcall_ring::channel::Channel;
 use upcall_ring::{Access, Arena, Doorbell, Mapping, memfd, read_only_view};
 use upcall_stats::Page;
@@ -19,14 +21,40 @@ use crate::hosts::{EngineHandle, HostId, SupervisorOrders};
 
 /// Entries of each ring of a channel.
 const RING_ENTRIES: u32 = 1024;
-/// Bytes of an arena for each queue: for requests of the frontend, and for those that
-/// filters issue. Each holds the largest request (4 MiB) more than once.
+/// Bytes of an arena for each queue: for requests of the frontend, and for those that one
+/// filter issues. Each holds the largest request (4 MiB) more than once.
 const ARENA_GUEST: usize = 12 << 20;
 const ARENA_ISSUED: usize = 8 << 20;
-const ARENA_QUEUE: usize = ARENA_GUEST + ARENA_ISSUED;
 
-/// Makes the arena of a disk whose filters want data, and gives it to their hosts: for
-/// writing only to those that may change data there.
+/// The memory of a disk's arenas: for each queue, that for requests of the frontend, then
+/// those for requests that filters issue.
+pub(super) struct ArenaMemory {
+    mapping: Arc<Mapping>,
+    /// By slot: which of the latter is its filter's, if it needs one; from 1.
+    issuers: Vec<Option<usize>>,
+    queue_bytes: usize,
+}
+
+impl ArenaMemory {
+    fn of_queue(&self, queue: u16) -> io::Result<Vec<Arena>> {
+        let start = self.queue_bytes * usize::from(queue);
+        let issued = (start + ARENA_GUEST..start + self.queue_bytes).step_by(ARENA_ISSUED);
+        std::iter::once((start, ARENA_GUEST))
+            .chain(issued.map(|at| (at, ARENA_ISSUED)))
+            .map(|(at, size)| Arena::new(self.mapping.clone(), at, size))
+            .collect()
+    }
+}
+
+/// Whether requests that enter a chain there may need an arena: some filter looks at their
+/// data, or zeroes have to be written for one that decides data.
+fn needs_arena(chain: &Chain, entry: Entry) -> bool {
+    let needs = |op| chain.needs_arena(op, entry) || chain.route(op, entry) == Route::AsWrites;
+    Op::ALL.into_iter().any(needs)
+}
+
+/// Makes the arenas of a disk whose filters want data, and gives them to their hosts: for
+/// writing only to those that may change data there, and not at all to those that see none.
 pub(super) fn give_arena(
     disk: &mut StartingDisk,
     number: u32,
@@ -37,11 +65,20 @@ pub(super) fn give_arena(
         .slots()
         .map(|(index, spec)| (disk.slots[index.index()].host, spec.arena_access()))
         .collect();
-    // Zeroes that are written for a chain need room too, even if no filter looks at them.
-    if disk.slots.is_empty() {
+    if !needs_arena(&disk.chain, Entry::Top) {
         return Ok(());
     }
-    let size = ARENA_QUEUE * usize::from(disk.config.queues);
+    let mut issuing = 0;
+    let issuers = disk.chain.slots().map(|(index, _)| {
+        let issues = hosts[disk.slots[index.index()].host].description.issues();
+        (issues && needs_arena(&disk.chain, Entry::Below(index))).then(|| {
+            issuing += 1;
+            issuing
+        })
+    });
+    let issuers: Vec<Option<usize>> = issuers.collect();
+    let queue_bytes = ARENA_GUEST + ARENA_ISSUED * issuing;
+    let size = queue_bytes * usize::from(disk.config.queues);
     let failed = |source| system(&disk.name, "make an arena", source);
     let fd = memfd("upcall-arena", size).map_err(failed)?;
     let view = read_only_view(&fd).map_err(failed)?;
@@ -61,7 +98,8 @@ pub(super) fn give_arena(
             StartError::Filter { disk: disk.name.to_string(), source: Box::new(source) }
         })?;
     }
-    disk.arena = Some(Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).map_err(failed)?));
+    let mapping = Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).map_err(failed)?);
+    disk.arena = Some(ArenaMemory { mapping, issuers, queue_bytes });
     Ok(())
 }
 
@@ -96,16 +134,14 @@ pub(super) fn connect_engines(
                 instance: slot.instance,
                 issues: hosts[slot.host].description.issues(),
                 grants: slot.grants.iter().map(|granted| lane_of(disk, *granted)).collect(),
+                // One that needs none never asks.
+                arena: disk.arena.as_ref().and_then(|arena| arena.issuers[place]).unwrap_or(0),
                 stats: page.block(disk.first_hop + 1 + place, queue),
             });
         }
-        let start = ARENA_QUEUE * usize::from(queue);
         let arenas = match &disk.arena {
-            None => None,
-            Some(mapping) => Some([
-                Arena::new(mapping.clone(), start, ARENA_GUEST).map_err(failed)?,
-                Arena::new(mapping.clone(), start + ARENA_GUEST, ARENA_ISSUED).map_err(failed)?,
-            ]),
+            None => Vec::new(),
+            Some(memory) => memory.of_queue(queue).map_err(failed)?,
         };
         let parts = Parts {
             disk: disk.name.clone(),

@@ -15,16 +15,17 @@ use upcall_filterhost::{Description, HostProcess};
 use upcall_ring::Mapping;
 use upcall_stats::{HopKind, HopSpec, Page};
 use upcall_store::{MemoryStore, NullStore, RawOptions, RawStore};
-use upcall_vhost::Listener;
+use upcall_vhost::{BlkConfig, BlkOptions, Listener};
 
 use crate::config::{
-    DiskConfig, LogLevel, LogSink, Placement, SocketSource, StoreConfig, WorkerConfig,
+    DiskConfig, FrontendConfig, LogLevel, LogSink, Placement, SocketSource, StoreConfig,
+    WorkerConfig,
 };
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, Supervisor, SupervisorOrders};
 use crate::worker::{RunningEngine, Worker};
 use chain::plan_chain;
-use connect::{connect_engines, give_arena};
+use connect::{ArenaMemory, connect_engines, give_arena};
 use open::{open_instances, serve, start_engines};
 
 /// Most queues of a disk.
@@ -54,11 +55,11 @@ struct StartingDisk {
     name: Arc<str>,
     config: DiskConfig,
     store: Arc<dyn Store>,
-    listener: Option<Listener>,
+    frontend: Option<(Listener, BlkConfig)>,
     chain: Arc<Chain>,
     /// In the order of the chain.
     slots: Vec<StartingSlot>,
-    arena: Option<Arc<Mapping>>,
+    arena: Option<ArenaMemory>,
     /// Index of its first hop in the page of counters: the request, then the slots, then
     /// the store.
     first_hop: usize,
@@ -78,13 +79,19 @@ pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
         let listener = listen(&mut config)?;
         let (chain, slots) =
             plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &log)?;
+        let frontend = match (listener, config.frontend.take()) {
+            (Some(listener), Some(frontend)) => {
+                Some((listener, device(&config, frontend, &chain)?))
+            }
+            _ => None,
+        };
         let hops = 2 + slots.len();
         let name = config.name.as_str().into();
         starting.push(StartingDisk {
             name,
             config,
             store,
-            listener,
+            frontend,
             chain,
             slots,
             arena: None,
@@ -122,6 +129,18 @@ pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
         disks.push(serve(disk, engines, &filter_names, drain_ms, &log)?);
     }
     Ok(Worker { disks, supervisor, instances, drain_ms, log, _page: page })
+}
+
+fn device(
+    disk: &DiskConfig,
+    frontend: FrontendConfig,
+    chain: &Chain,
+) -> Result<BlkConfig, StartError> {
+    let FrontendConfig { queue_size, serial, write_cache, .. } = frontend;
+    let options =
+        BlkOptions { queues: disk.queues, queue_size_max: queue_size, serial, write_cache };
+    BlkConfig::new(chain.info().clone(), options)
+        .map_err(|source| StartError::Device { disk: disk.name.clone(), source })
 }
 
 fn make_page(

@@ -5,11 +5,10 @@ use std::sync::mpsc::sync_channel;
 
 use upcall_abi::control::Disk as WireDisk;
 use upcall_filterhost::{Counters, OpenInstance};
-use upcall_vhost::{BlkConfig, BlkOptions};
 
 use super::connect::granted;
 use super::{Starting, StartingDisk, system};
-use crate::config::{FrontendConfig, LogSink};
+use crate::config::LogSink;
 use crate::engine::{Engine, Lane, Parts};
 use crate::error::StartError;
 use crate::frontend::Frontend;
@@ -125,27 +124,14 @@ pub(super) fn serve(
 ) -> Result<ServedDisk, StartError> {
     let info = disk.chain.info().clone();
     let handles: Vec<EngineHandle> = engines.iter().map(|engine| engine.handle.clone()).collect();
-    let frontend = match (disk.config.frontend, disk.listener) {
-        (Some(FrontendConfig { queue_size, serial, write_cache, .. }), Some(listener)) => {
-            let options = BlkOptions {
-                queues: disk.config.queues,
-                queue_size_max: queue_size,
-                serial,
-                write_cache,
-            };
-            let blk = BlkConfig::new(info.clone(), options)
-                .map_err(|source| StartError::Device { disk: disk.name.to_string(), source })?;
-            let started = Frontend::start(
-                disk.name.clone(),
-                listener,
-                Arc::new(blk),
-                handles,
-                drain_ms,
-                log.clone(),
-            );
+    let frontend = match disk.frontend {
+        Some((listener, device)) => {
+            let name = disk.name.clone();
+            let started =
+                Frontend::start(name, listener, Arc::new(device), handles, drain_ms, log.clone());
             Some(started.map_err(|source| system(&disk.name, "start its frontend", source))?)
         }
-        _ => None,
+        None => None,
     };
     Ok(ServedDisk {
         summary: disk.store.describe(),
