@@ -67,12 +67,13 @@ fn a_new_filter_in_rust_may_use_an_sdk_elsewhere() {
 fn nothing_is_made_where_something_is_or_cannot_be() {
     let folder = Folder::new("new-refused");
     std::fs::write(folder.0.join("mine"), "precious").unwrap();
-    let (full, deep) = (folder.0.to_str().unwrap(), folder.text("no/such/folder"));
-    for dir in [full, &folder.text("mine"), &deep] {
-        let ended = upcall(&["filter", "new", "--lang", "c", "x", "--dir", dir]);
+    std::fs::create_dir_all(folder.0.join("full/of")).unwrap();
+    for (dir, says) in [("full", "not empty; choose"), ("mine", ""), ("no/such/folder", "")] {
+        let dir = folder.text(dir);
+        let ended = upcall(&["filter", "new", "--lang", "c", "x", "--dir", &dir]);
         assert_eq!(ended.code, Some(1), "{ended:#?}");
-        assert!(ended.stderr.contains(dir), "{}", ended.stderr);
-        assert_eq!(folder.names(), ["mine"]);
+        assert!(ended.stderr.contains(&dir) && ended.stderr.contains(says), "{}", ended.stderr);
+        assert_eq!(folder.names(), ["full", "mine"]);
     }
     for args in [["--lang", "c", "My_Filter"], ["--lang", "cobol", "x"]] {
         assert_eq!(upcall(&[&["filter", "new"], &args[..]].concat()).code, Some(2), "{args:?}");

@@ -123,6 +123,18 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_left_of_a_project_that_cannot_be_written() {
+        let parent = std::env::temp_dir().join(format!("upcall-new-{}", std::process::id()));
+        std::fs::create_dir(&parent).unwrap();
+        // A file where the next one needs a folder.
+        let files = [("a".to_owned(), String::new()), ("a/b".to_owned(), String::new())];
+        assert!(make(&parent.join("mine"), &files).is_err());
+        let left = parent.read_dir().unwrap().count();
+        std::fs::remove_dir_all(&parent).unwrap();
+        assert_eq!(left, 0);
+    }
+
+    #[test]
     fn no_template_keeps_a_placeholder() {
         for (path, text) in
             c::files("my-own").into_iter().chain(rust::files("my-own", None).unwrap())
