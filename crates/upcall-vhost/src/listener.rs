@@ -31,7 +31,7 @@ pub enum ListenError {
     #[error("{path}: exists and is not a socket")]
     NotASocket { path: PathBuf },
     /// Choose a path of 107 bytes at the most: the kernel takes no longer ones.
-    #[error("{path}: too long for the path of a socket")]
+    #[error("{path}: too long for the path of a socket: choose one of at most 107 bytes")]
     TooLong { path: PathBuf },
     /// See the reason.
     #[error("{path}: {source}")]
