@@ -1,6 +1,7 @@
 //! A folder for one test, gone when the test is.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -8,6 +9,9 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// A folder of its own under the system's temporary folder. Its name is short, as socket
 /// paths are limited to 107 bytes. Removed when dropped, but kept after a failed test.
+///
+/// A name that is taken is left to whoever took it: another test run may share the folder
+/// without sharing the numbers of processes, as containers do.
 #[derive(Debug)]
 pub struct Scratch {
     path: PathBuf,
@@ -17,12 +21,15 @@ impl Scratch {
     /// Makes the folder.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Scratch {
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("upt-{}-{number}", std::process::id()));
-        // A folder of this name can only be left from a process that is gone.
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).unwrap();
-        Scratch { path }
+        loop {
+            let number = COUNT.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("upt-{}-{number}", std::process::id()));
+            match fs::create_dir(&path) {
+                Ok(()) => return Scratch { path },
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => panic!("{}: {error}", path.display()),
+            }
+        }
     }
 
     /// The folder.

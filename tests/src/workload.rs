@@ -273,7 +273,7 @@ impl Workload {
     /// Compares a raw image with what the disk must hold; says which byte is the first
     /// wrong one.
     pub fn compare_image(&self, path: &Path) -> Result<(), String> {
-        let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+        let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
         if bytes.len() != self.stamps.len() * SECTOR {
             return Err(format!("{} has {} bytes", path.display(), bytes.len()));
         }

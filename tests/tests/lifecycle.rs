@@ -242,14 +242,17 @@ fn serve_inherited(
     command.args(["-c", script, "sh"]).arg(upcall_program()).arg("serve").args(args);
     command.envs(environment.iter().copied());
     let inherited = listener.as_raw_fd();
-    // SAFETY: between fork and exec only dup2 is called, which is async-signal-safe; the
-    // listener outlives the spawn.
+    // SAFETY: between fork and exec only dup2 and fcntl are called, which are
+    // async-signal-safe; the listener outlives the spawn.
     unsafe {
         command.pre_exec(move || {
-            if libc::dup2(inherited, number) == -1 {
-                return Err(std::io::Error::last_os_error());
-            }
-            Ok(())
+            // dup2 of a descriptor onto itself does nothing: it would still close at exec.
+            let done = if inherited == number {
+                libc::fcntl(number, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(inherited, number)
+            };
+            if done == -1 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }
     Server::spawn(scratch, command)
