@@ -19,6 +19,8 @@ mod link;
 mod message;
 mod slab;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod whole;
 
 use std::collections::HashMap;

@@ -1,0 +1,342 @@
+//! A queue thread's engine whose filter hosts, store and guest are the test: everything
+//! happens when the test says so.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use upcall_abi::filter::ISSUE_ARENA_SIZE;
+use upcall_abi::ring::{Completion, Submission, channel_size, completion_kind};
+use upcall_block::*;
+use upcall_chain::{Chain, Class, Generation, SlotSpec};
+use upcall_ring::channel::{Channel, HostChannel};
+use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
+use upcall_stats::{HopKind, HopSpec, HopSnapshot, Page, PageReader};
+use upcall_store::MemoryStore;
+
+use crate::direct::{DirectClient, direct_queue};
+use crate::engine::{Command, Engine, Lane, Link, Parts, Slot};
+use crate::hosts::HostId;
+
+pub const CAPACITY: u64 = 1 << 20;
+pub const DATA: OpSet = OpSet::NONE.with(Op::Read).with(Op::Write);
+pub const GUEST_MEMORY: usize = 4 << 20;
+
+fn spec(class: Class, ops: OpSet, sees: OpSet, changes: OpSet, answers: OpSet) -> SlotSpec {
+    SlotSpec { class, order: 0, ops, sees, changes, answers }
+}
+
+/// Sees no data. First in the chain.
+pub fn blind() -> SlotSpec {
+    spec(Class::Inspection, OpSet::ALL, OpSet::NONE, OpSet::NONE, OpSet::NONE)
+}
+
+/// Changes reads and writes, and does not know the rest.
+pub fn changer() -> SlotSpec {
+    spec(Class::Encryption, DATA, DATA, DATA, OpSet::NONE)
+}
+
+/// Sees reads and writes.
+pub fn observer() -> SlotSpec {
+    spec(Class::Cache, OpSet::ALL, DATA, OpSet::NONE, OpSet::NONE)
+}
+
+/// What the store has got, and what it shall report.
+#[derive(Default)]
+pub struct Taken {
+    pub ios: Vec<StoreIo>,
+    pub done: Vec<StoreDone>,
+}
+
+/// A store that keeps what it gets until the test completes it.
+#[derive(Clone, Default)]
+pub struct Keeper(pub Arc<Mutex<Taken>>);
+
+impl StoreQueue for Keeper {
+    fn submit(&mut self, io: StoreIo) {
+        self.0.lock().unwrap().ios.push(io);
+    }
+
+    fn poll(&mut self, out: &mut Vec<StoreDone>) {
+        out.append(&mut self.0.lock().unwrap().done);
+    }
+
+    fn in_flight(&self) -> usize {
+        let taken = self.0.lock().unwrap();
+        taken.ios.len() + taken.done.len()
+    }
+
+    fn doorbell(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn before_sleep(&mut self) -> bool {
+        self.0.lock().unwrap().done.is_empty()
+    }
+}
+
+impl Keeper {
+    /// Completes everything it has.
+    pub fn complete(&self, status: Status) {
+        let mut taken = self.0.lock().unwrap();
+        let ios = std::mem::take(&mut taken.ios);
+        taken.done.extend(ios.iter().map(|io| StoreDone { token: io.token, status }));
+    }
+}
+
+/// A filter host, played by the test.
+pub struct Host {
+    pub channel: HostChannel,
+    pub memory: Mapping,
+    /// Rung for it.
+    pub doorbell: Doorbell,
+    worker: Doorbell,
+    pub instance: u32,
+}
+
+impl Host {
+    pub fn next(&mut self) -> Option<Submission> {
+        self.channel.submissions.pop()
+    }
+
+    pub fn say(&mut self, entry: Completion) {
+        let entry = Completion { instance: self.instance, ..entry };
+        self.channel.completions.push(&entry).expect("room in the ring");
+        self.channel.completions.wake(&self.worker);
+    }
+
+    pub fn answer(&mut self, to: &Submission, verdict: u8) {
+        self.answer_with(to, verdict, 0, 0);
+    }
+
+    pub fn answer_with(&mut self, to: &Submission, verdict: u8, status: i32, cookie: u64) {
+        let kind = completion_kind::VERDICT;
+        let (token, code) = (to.token, verdict);
+        self.say(Completion { kind, code, token, status, cookie, ..Completion::default() });
+    }
+
+    pub fn hold(&mut self, to: &Submission) {
+        let (kind, token) = (completion_kind::HELD, to.token);
+        self.say(Completion { kind, token, cookie: 9, ..Completion::default() });
+    }
+
+    /// Issues a write.
+    pub fn issue(&mut self, id: u64, disk: u32, offset: u64, length: u32, data: u64) {
+        self.say(Completion {
+            kind: completion_kind::ISSUE,
+            code: Op::Write as u8,
+            token: id,
+            offset,
+            length,
+            data,
+            disk,
+            ..Completion::default()
+        });
+    }
+}
+
+/// What a world is made of.
+pub struct Making {
+    pub specs: Vec<SlotSpec>,
+    /// By slot, in the order of the chain.
+    pub issues: Vec<bool>,
+    pub lanes: Vec<(Box<dyn StoreQueue>, DiskInfo)>,
+    pub entries: u32,
+    /// Pages of an arena.
+    pub pages: usize,
+}
+
+impl Making {
+    /// A chain over a store that the test completes.
+    pub fn new(specs: Vec<SlotSpec>) -> (Making, Keeper) {
+        let keeper = Keeper::default();
+        let making = Making {
+            issues: vec![false; specs.len()],
+            specs,
+            lanes: vec![(Box::new(keeper.clone()), info())],
+            entries: 64,
+            pages: 64,
+        };
+        (making, keeper)
+    }
+}
+
+pub fn info() -> DiskInfo {
+    MemoryStore::new(CAPACITY).unwrap().info().clone()
+}
+
+fn mapping(size: usize) -> Arc<Mapping> {
+    let fd = memfd("world", size).unwrap();
+    Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).unwrap())
+}
+
+pub struct World {
+    pub engine: Engine,
+    pub commands: Sender<Command>,
+    pub wake: Doorbell,
+    pub client: DirectClient,
+    /// In the order of the chain.
+    pub hosts: Vec<Host>,
+    pub guest: Arc<Mapping>,
+    pub arena: Arc<Mapping>,
+    pub issue_arena: Arc<Mapping>,
+    pub log: Arc<Mutex<Vec<String>>>,
+    pub given_up: Arc<Mutex<Vec<(usize, String)>>>,
+    pub info: DiskInfo,
+    _page: Page,
+    page_path: PathBuf,
+}
+
+impl World {
+    pub fn new(making: Making) -> World {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = making.specs.len();
+        let arena_bytes = making.pages * 4096;
+        let arena = mapping(arena_bytes * (1 + count));
+        let issue_arena = mapping(ISSUE_ARENA_SIZE as usize);
+        let page_path = std::env::temp_dir().join(format!(
+            "upcall-world-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        ));
+        let hop = |kind| HopSpec { disk: "d".into(), name: "h".into(), kind, queues: 1 };
+        let mut kinds = vec![HopKind::Filter; count + 2];
+        (kinds[0], kinds[count + 1]) = (HopKind::Request, HopKind::Store);
+        let page =
+            Page::create(Some(&page_path), &kinds.into_iter().map(hop).collect::<Vec<_>>()).unwrap();
+        let wake = Doorbell::new().unwrap();
+        let (mut links, mut hosts, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+        let granted = making.lanes.len() - 1;
+        for index in 0..count {
+            let (channel, fd) = Channel::create(making.entries).unwrap();
+            let size = channel_size(making.entries);
+            let doorbell = Doorbell::new().unwrap();
+            hosts.push(Host {
+                channel: HostChannel::open(&fd).unwrap(),
+                memory: Mapping::new(fd.as_fd(), 0, size, Access::ReadWrite).unwrap(),
+                doorbell: doorbell.clone(),
+                worker: wake.clone(),
+                instance: index as u32,
+            });
+            let issue = Some(issue_arena.clone());
+            let name = format!("f{index}").as_str().into();
+            links.push(Link::new(HostId(index), name, index as u32, channel, doorbell, issue));
+            slots.push(Slot {
+                link: index,
+                instance: index as u32,
+                issues: making.issues[index],
+                grants: (1..=granted).collect(),
+                arena: 1 + index,
+                stats: page.block(1 + index, 0),
+            });
+        }
+        let mut specs = Some(making.specs);
+        let info = making.lanes[0].1.clone();
+        let lanes = making.lanes.into_iter().map(|(store, info)| {
+            let specs = specs.take().unwrap_or_default();
+            Lane { chain: Arc::new(Chain::new(Generation(1), specs, &info).unwrap()), store }
+        });
+        let (commands, receiver) = channel();
+        let (queue, client) = direct_queue().unwrap();
+        let log: Arc<Mutex<Vec<String>>> = Arc::default();
+        let given_up: Arc<Mutex<Vec<(usize, String)>>> = Arc::default();
+        let (log_sink, given_up_sink) = (log.clone(), given_up.clone());
+        let parts = Parts {
+            disk: "d".into(),
+            commands: receiver,
+            wake: wake.clone(),
+            lanes: lanes.collect(),
+            slots,
+            links,
+            arenas: (0..=count)
+                .map(|at| Arena::new(arena.clone(), at * arena_bytes, arena_bytes).unwrap())
+                .collect(),
+            request_stats: page.block(0, 0),
+            store_stats: page.block(count + 1, 0),
+            log: Arc::new(move |_, text| log_sink.lock().unwrap().push(text.to_owned())),
+            give_up: Arc::new(move |host: HostId, why: &str| {
+                given_up_sink.lock().unwrap().push((host.0, why.to_owned()));
+            }),
+        };
+        commands.send(Command::Start(Box::new(queue))).unwrap();
+        let info = DiskInfo { ops: parts.lanes[0].chain.info().ops, ..info };
+        World {
+            engine: Engine::new(parts),
+            commands,
+            wake,
+            client,
+            hosts,
+            guest: mapping(GUEST_MEMORY),
+            arena,
+            issue_arena,
+            log,
+            given_up,
+            info,
+            _page: page,
+            page_path,
+        }
+    }
+
+    /// A request whose data is at `at` of the guest's memory.
+    pub fn submit_at(&mut self, op: Op, offset: u64, length: u32, at: usize) -> Tag {
+        self.submit_flags(op, offset, length, at, RequestFlags::default())
+    }
+
+    pub fn submit_flags(
+        &mut self,
+        op: Op,
+        offset: u64,
+        length: u32,
+        at: usize,
+        flags: RequestFlags,
+    ) -> Tag {
+        let range = Range::new(offset, length.into(), &self.info).unwrap();
+        let data = if op.has_data() {
+            Buffers::of(&self.guest, at, length as usize, true).unwrap()
+        } else {
+            Buffers::new()
+        };
+        self.client.submit(op, range, flags, data)
+    }
+
+    pub fn submit(&mut self, op: Op, offset: u64, length: u32) -> Tag {
+        self.submit_at(op, offset, length, 0)
+    }
+
+    /// Turns until there is nothing to do.
+    pub fn settle(&mut self) {
+        while self.engine.turn() {}
+    }
+
+    pub fn ended(&mut self) -> Vec<Status> {
+        std::iter::from_fn(|| self.client.wait(Duration::ZERO)).map(|(_, status)| status).collect()
+    }
+
+    /// What the filter host of a slot is sent next; it must be there.
+    pub fn sent(&mut self, host: usize) -> Submission {
+        self.settle();
+        self.hosts[host].next().expect("a submission")
+    }
+
+    pub fn hops(&self) -> Vec<HopSnapshot> {
+        PageReader::open(&self.page_path).unwrap().snapshot()
+    }
+
+    /// Nothing is left: not in flight, not in memory, not in the statistics.
+    pub fn assert_empty(&mut self) {
+        self.settle();
+        assert_eq!((self.engine.flights.len(), self.engine.wholes.len()), (0, 0));
+        let pages = self.engine.parts.arenas.iter().map(Arena::in_use_pages).sum::<u32>();
+        assert_eq!(pages, 0, "all memory came back");
+        let now: Vec<u64> = self.hops().iter().map(|hop| hop.block.now).collect();
+        assert_eq!(now, vec![0; now.len()], "nobody is anywhere");
+    }
+
+    pub fn gave_up(&self, host: usize) -> bool {
+        self.given_up.lock().unwrap().iter().any(|(given, _)| *given == host)
+    }
+}
+
