@@ -5,6 +5,7 @@
 //!   qemu-storage-daemon, a peer no one here wrote, to prove the clients right.
 //! - [`Driver`] is a well-behaved guest (the `virtio-driver` crate); [`RawClient`] can say
 //!   anything at all, also what no sane guest says.
+//! - [`Top`] reads what `upcall top` says.
 //! - [`Workload`] drives either with random requests from a seed and knows what every byte
 //!   must be.
 //!
@@ -23,6 +24,7 @@ mod reference;
 mod rng;
 mod scratch;
 mod server;
+mod top;
 mod workload;
 
 pub use build::{c_filter, rust_filter, upcall_program};
@@ -40,4 +42,5 @@ pub use reference::Reference;
 pub use rng::Rng;
 pub use scratch::Scratch;
 pub use server::{Ended, Server, upcall};
+pub use top::Top;
 pub use workload::{Mix, Workload};

@@ -60,6 +60,13 @@ impl Server {
         Server::spawn(scratch, command)
     }
 
+    /// Serves `disks` behind `filters`, each as it stands behind its flag.
+    pub fn serve(scratch: &Scratch, disks: &[&str], filters: &[&str]) -> Server {
+        let disks = disks.iter().flat_map(|disk| ["--disk", disk]);
+        let filters = filters.iter().flat_map(|filter| ["--filter", filter]);
+        Server::start(scratch, &disks.chain(filters).collect::<Vec<_>>())
+    }
+
     /// As [`start`](Self::start), with a command of the caller's own.
     pub fn spawn(scratch: &Scratch, mut command: Command) -> Server {
         // A server started again goes on in the same file: its end is what matters.
@@ -107,12 +114,25 @@ impl Server {
         Pid::from_child(&self.child)
     }
 
+    /// The processes that it has started: its filter hosts.
+    pub fn children(&self) -> Vec<i32> {
+        let mut children = Vec::new();
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid().as_raw_pid())).unwrap();
+        for task in tasks {
+            // A thread may end meanwhile.
+            let path = task.unwrap().path().join("children");
+            let list = std::fs::read_to_string(path).unwrap_or_default();
+            children.extend(list.split_whitespace().map(|pid| pid.parse::<i32>().unwrap()));
+        }
+        children
+    }
+
     /// What it printed until it was ready.
     pub fn stdout(&self) -> &str {
         &self.stdout
     }
 
-    /// What it complained about so far.
+    /// What it said in its log so far.
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap_or_default()
     }

@@ -72,22 +72,13 @@ fn term_and_interrupt_drain_and_end_in_order_under_load() {
 #[test]
 fn no_process_and_no_file_outlives_the_server() {
     let mut disk = Disk::serve(BYTES, 2, "", CHAIN);
-    let children = children_of(disk.server().pid().as_raw_pid());
+    let children = disk.server().children();
     assert_eq!(children.len(), 3, "one filter host for each isolated filter: {children:?}");
     disk.stop();
     for child in children {
         assert!(!Path::new(&format!("/proc/{child}")).exists(), "filter host {child} lives on");
     }
     assert_eq!(disk.scratch.names(), ["disk.img", "serve.log", "trace.jsonl"]);
-}
-
-fn children_of(pid: i32) -> Vec<i32> {
-    let mut children = Vec::new();
-    for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
-        let list = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap();
-        children.extend(list.split_whitespace().map(|pid| pid.parse::<i32>().unwrap()));
-    }
-    children
 }
 
 #[test]
@@ -289,7 +280,7 @@ fn an_idle_server_uses_no_processor_time() {
     driver.write(0, 0, &[1; 512]);
     std::thread::sleep(Duration::from_millis(300));
     let pid = disk.server().pid().as_raw_pid();
-    let all: Vec<i32> = [pid].into_iter().chain(children_of(pid)).collect();
+    let all: Vec<i32> = [pid].into_iter().chain(disk.server().children()).collect();
     let before: u64 = all.iter().map(|&pid| ticks(pid)).sum();
     std::thread::sleep(Duration::from_secs(2));
     let after: u64 = all.iter().map(|&pid| ticks(pid)).sum();
