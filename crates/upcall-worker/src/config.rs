@@ -72,6 +72,9 @@ pub enum StoreConfig {
         /// Size; a multiple of 512.
         bytes: u64,
     },
+    /// A store that is open already. For tests.
+    #[doc(hidden)]
+    Custom(Arc<dyn upcall_block::Store>),
     /// Reads zeroes, forgets writes.
     Null {
         /// Size; a multiple of 512.

@@ -136,6 +136,9 @@ impl Worker {
         let stopping: Vec<StoppingQueue> =
             engines.map(|engine| StoppingQueue::begin(&engine.handle, self.drain_ms)).collect();
         stopping.into_iter().for_each(|stopping| drop(stopping.wait()));
+        for engine in disks.iter().flat_map(|disk| &disk.engines) {
+            engine.handle.send(Command::WindDown { drain_ms: self.drain_ms });
+        }
         // Instances close while the queue threads still run: what they have issued must end.
         let mut hosts = self.supervisor.stop();
         for (host, instances) in hosts.iter_mut().zip(&self.instances) {

@@ -31,7 +31,7 @@ impl Engine {
             self.report(link, instance, issue.id, Err(Errno::from_raw(11)));
             return;
         }
-        if self.quit.is_some() {
+        if self.quit {
             self.issued_ended(link, instance, issue.id, Err(Errno::from_raw(108)));
             return;
         }

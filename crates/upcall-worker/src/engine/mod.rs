@@ -61,7 +61,9 @@ pub(crate) enum Command {
     Stop { drain_ms: u64, reply: SyncSender<Option<Box<dyn RequestQueue>>> },
     /// This filter host is gone.
     HostLost(HostId),
-    /// End the thread, once nothing is in flight; what filters still hold is cancelled.
+    /// Let whatever is in flight end; what filters still hold after `drain_ms` is cancelled.
+    WindDown { drain_ms: u64 },
+    /// Begin nothing more, and end the thread once nothing is in flight.
     Quit,
 }
 
@@ -112,7 +114,8 @@ pub(crate) struct Engine {
     parts: Parts,
     frontend: Option<Box<dyn RequestQueue>>,
     stop: Option<Stop>,
-    quit: Option<Patience>,
+    ending: Option<Patience>,
+    quit: bool,
     /// The frontend's queue can serve no more, and that was said.
     broken: bool,
     flights: Slab<InFlight>,
@@ -142,7 +145,8 @@ impl Engine {
             parts,
             frontend: None,
             stop: None,
-            quit: None,
+            ending: None,
+            quit: false,
             broken: false,
             flights: Slab::new(),
             wholes: Slab::new(),
@@ -160,7 +164,7 @@ impl Engine {
     pub(crate) fn run(mut self) {
         loop {
             let busy = self.turn();
-            if self.quit.is_some() && self.flights.len() == 0 {
+            if self.quit && self.flights.len() == 0 {
                 return;
             }
             match self.waiter.turn(busy, now_ns()) {
@@ -202,6 +206,7 @@ impl Engine {
                 }
                 Ok(Command::Stop { drain_ms, reply }) => self.begin_stop(drain_ms, reply),
                 Ok(Command::HostLost(host)) => self.lose(host),
+                Ok(Command::WindDown { drain_ms }) => self.wind_down(drain_ms),
                 Ok(Command::Quit) => self.begin_quit(),
                 Err(TryRecvError::Empty) => return busy,
                 Err(TryRecvError::Disconnected) => {
@@ -215,7 +220,7 @@ impl Engine {
 
     /// Whether requests are taken from the frontend.
     fn listens(&self) -> bool {
-        let ending = self.stop.is_some() || self.quit.is_some();
+        let ending = self.stop.is_some() || self.quit;
         // What waits for room would only wait behind itself: leave the rest in the ring.
         !ending && !self.broken && self.waiting[0].requests.is_empty()
     }
@@ -319,7 +324,8 @@ impl Engine {
 
     /// How long it may sleep although nobody wakes it.
     fn sleep_ns_max(&self) -> Option<u64> {
-        let patience = self.stop.as_ref().map(|stop| &stop.patience).into_iter().chain(&self.quit);
+        let patience =
+            self.stop.as_ref().map(|stop| &stop.patience).into_iter().chain(&self.ending);
         let ends = patience.map(|patience| patience.until_ns.saturating_sub(now_ns())).min();
         // A filter host does not say when there is room in its ring again.
         let waits = self.parts.links.iter().any(|link| link.backlog() > 0);

@@ -70,11 +70,14 @@ impl Engine {
         self.stop = Some(Stop { reply, patience: Patience::new(drain_ms) });
     }
 
-    /// Filter instances are closed by now: what is left was left behind, and is cancelled.
+    pub(super) fn wind_down(&mut self, drain_ms: u64) {
+        self.ending.get_or_insert_with(|| Patience::new(drain_ms));
+    }
+
+    /// Who is in order has nothing in flight by now.
     pub(super) fn begin_quit(&mut self) {
-        if self.quit.is_none() {
-            self.quit = Some(Patience::new(0));
-        }
+        self.quit = true;
+        self.wind_down(0);
     }
 
     /// Carries a stop and the end forward; true if it did something.
@@ -87,10 +90,10 @@ impl Engine {
             return true;
         }
         let stop = self.stop.as_mut().and_then(|stop| stop.patience.check());
-        let quit = self.quit.as_mut().and_then(Patience::check);
-        let Some(due) = quit.as_ref().or(stop.as_ref()) else { return false };
+        let end = self.ending.as_mut().and_then(Patience::check);
+        let Some(due) = end.as_ref().or(stop.as_ref()) else { return false };
         let flights = self.flights.iter();
-        let chosen = flights.filter(|(_, flight)| quit.is_some() || self.is_guests(flight));
+        let chosen = flights.filter(|(_, flight)| end.is_some() || self.is_guests(flight));
         let chosen: Vec<u32> = chosen.map(|(number, _)| number).collect();
         match due {
             Due::Cancel => self.cancel_requests(&chosen),

@@ -208,6 +208,7 @@ fn open_store(disk: &DiskConfig, log: &LogSink) -> Result<Arc<dyn Store>, StartE
             }));
             Arc::new(RawStore::open(options).map_err(failed)?)
         }
+        StoreConfig::Custom(store) => store.clone(),
         StoreConfig::Memory { bytes } => Arc::new(MemoryStore::new(*bytes).map_err(failed)?),
         StoreConfig::Null { bytes } => Arc::new(NullStore::new(*bytes).map_err(failed)?),
     })

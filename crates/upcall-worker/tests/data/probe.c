@@ -144,7 +144,7 @@ static uint32_t probe_start(void *self, struct upcall_request *req)
     up->counter_add(p->inst, p->seen, 1);
     if (is(p, "watch"))
         return UPCALL_WATCH;
-    if (is(p, "done"))
+    if (is(p, "done") || (is(p, "done-writes") && req->op == UPCALL_WRITE))
         return UPCALL_DONE;
     if (is(p, "fill") && req->op == UPCALL_READ) {
         memset(data, (int)p->value, req->length);

@@ -14,7 +14,7 @@ use upcall_block::*;
 use upcall_chain::{Chain, Class, Generation, SlotSpec};
 use upcall_ring::channel::{Channel, HostChannel};
 use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
-use upcall_stats::{HopKind, HopSpec, HopSnapshot, Page, PageReader};
+use upcall_stats::{HopKind, HopSnapshot, HopSpec, Page, PageReader};
 use upcall_store::MemoryStore;
 
 use crate::direct::{DirectClient, direct_queue};
@@ -205,8 +205,8 @@ impl World {
         let hop = |kind| HopSpec { disk: "d".into(), name: "h".into(), kind, queues: 1 };
         let mut kinds = vec![HopKind::Filter; count + 2];
         (kinds[0], kinds[count + 1]) = (HopKind::Request, HopKind::Store);
-        let page =
-            Page::create(Some(&page_path), &kinds.into_iter().map(hop).collect::<Vec<_>>()).unwrap();
+        let page = Page::create(Some(&page_path), &kinds.into_iter().map(hop).collect::<Vec<_>>())
+            .unwrap();
         let wake = Doorbell::new().unwrap();
         let (mut links, mut hosts, mut slots) = (Vec::new(), Vec::new(), Vec::new());
         let granted = making.lanes.len() - 1;
@@ -339,4 +339,3 @@ impl World {
         self.given_up.lock().unwrap().iter().any(|(given, _)| *given == host)
     }
 }
-
