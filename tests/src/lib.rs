@@ -27,7 +27,7 @@ mod server;
 mod top;
 mod workload;
 
-pub use build::{c_filter, rust_filter, upcall_program};
+pub use build::{c_filter, root, rust_filter, upcall_program};
 pub use client::{Client, Io, Outcome, SLOT_BYTES};
 pub use driver::Driver;
 pub use fixture::{CHAINS, Disk, Filter};

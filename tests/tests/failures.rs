@@ -104,6 +104,31 @@ fn a_disk_whose_flush_failed_stays_failed_for_writes_and_says_so() {
     }
 }
 
+#[test]
+fn without_a_write_cache_a_write_that_is_not_durable_is_an_error() {
+    let scratch = Scratch::new();
+    let Some(full) = FullDevice::new(&scratch) else { return };
+    let disk = |socket: &str, cache: &str| {
+        let (device, socket) = (full.device.display(), scratch.text(socket));
+        format!("name=root,file={device},socket={socket},direct=off,write-cache={cache}")
+    };
+    let write = Io::Write { offset: 0, length: 256 << 10 };
+    // As much as the storage has room for, and no byte more, is durable when it is said so.
+    let server = Server::serve(&scratch, &[&disk("off.sock", "off")], &[]);
+    let mut driver = Driver::usual(&scratch.join("off.sock"), 1);
+    assert_eq!(driver.config().writeback, 0);
+    driver.put(0, 0, &[1; 256 << 10]);
+    assert_eq!(driver.run(0, write), Outcome::Ok);
+    let outcomes: Vec<Outcome> = (1..16)
+        .map(|index| driver.run(0, Io::Write { offset: index << 18, length: 256 << 10 }))
+        .collect();
+    assert!(outcomes.contains(&Outcome::IoError), "{outcomes:?}");
+    let failed = outcomes.iter().position(|&outcome| outcome == Outcome::IoError).unwrap();
+    assert!(outcomes[failed..].iter().all(|&outcome| outcome == Outcome::IoError), "{outcomes:?}");
+    drop(driver);
+    server.terminate();
+}
+
 /// Drives disk `root` until the filter is killed and then some; gives how requests ended.
 fn drive(socket: &Path, killed: &AtomicBool) -> Vec<Outcome> {
     let mut driver = Driver::usual(socket, 1);

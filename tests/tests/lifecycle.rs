@@ -70,6 +70,34 @@ fn term_and_interrupt_drain_and_end_in_order_under_load() {
 }
 
 #[test]
+fn what_a_filter_holds_at_the_end_is_waited_for() {
+    let scratch = Scratch::new();
+    let (image, socket) = (scratch.image("disk.img", BYTES), scratch.join("d.sock"));
+    let fault = upcall_tests::rust_filter("fault");
+    let disk = format!("name=root,file={},socket={}", image.display(), socket.display());
+    let filter = format!("disk=root,file={},param.effect=delay,param.delay=700ms", fault.display());
+    let server = Server::serve(&scratch, &[&disk], &[&filter]);
+    let mut driver = Driver::usual(&socket, 1);
+    for slot in 0..8 {
+        driver.put(0, slot, &stamped(slot as u64));
+        driver.submit(0, slot, Io::Write { offset: slot as u64 * 512, length: 512 }, &[512]);
+    }
+    // Long enough to be taken, too short to end.
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(driver.ended(0).is_empty(), "nothing is held");
+    server.signal(Signal::TERM);
+    let ended = server.wait();
+    ended.expect_success();
+    let outcomes: Vec<Outcome> = driver.ended(0).into_iter().map(|(_, outcome)| outcome).collect();
+    assert_eq!(outcomes, [Outcome::Ok; 8]);
+    let image = std::fs::read(&image).unwrap();
+    for sector in 0..8 {
+        let at = sector as usize * 512;
+        assert!(image[at..at + 512] == stamped(sector), "sector {sector} is lost");
+    }
+}
+
+#[test]
 fn no_process_and_no_file_outlives_the_server() {
     let mut disk = Disk::serve(BYTES, 2, "", CHAIN);
     let children = disk.server().children();
