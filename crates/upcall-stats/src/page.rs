@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +23,7 @@ const NOW: usize = 64 * 6;
 const VIOLATIONS: usize = NOW + 8;
 const COUNTERS: usize = 63;
 const COUNTERS_SIZE: usize = 4096;
-/// More hops or queues than this in a file that is read are refused.
+/// More hops than this in a file that is read are refused.
 const SANE: u64 = 4096;
 
 /// What a hop is.
@@ -50,17 +50,25 @@ pub struct HopSpec {
     pub queues: u16,
 }
 
-/// The writer's view. Dropping it removes the file.
+/// The writer's view. Dropping it removes the file, unless it was replaced by another one.
 pub struct Page {
     mapping: Arc<Mapping>,
     hops: Vec<HopPlace>,
-    path: Option<PathBuf>,
+    /// Where its file is, and which file that is.
+    file: Option<(PathBuf, FileId)>,
 }
+
+/// Device and inode.
+type FileId = (u64, u64);
 
 struct HopPlace {
     blocks: usize,
     counters: usize,
     queues: u16,
+}
+
+fn file_id(metadata: &std::fs::Metadata) -> FileId {
+    (metadata.dev(), metadata.ino())
 }
 
 fn name_bytes(name: &str) -> [u8; NAME] {
@@ -113,9 +121,10 @@ impl Page {
                 let made =
                     rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, at as u64)
                         .map_err(io::Error::from)
-                        .and_then(|()| Mapping::new(file.as_fd(), 0, at, Access::ReadWrite));
+                        .and_then(|()| Mapping::new(file.as_fd(), 0, at, Access::ReadWrite))
+                        .and_then(|mapping| Ok((mapping, file_id(&file.metadata()?))));
                 match made {
-                    Ok(mapping) => (mapping, Some((unfinished, path.to_owned()))),
+                    Ok((mapping, id)) => (mapping, Some((unfinished, path.to_owned(), id))),
                     Err(error) => {
                         let _ = std::fs::remove_file(&unfinished);
                         return Err(error);
@@ -123,11 +132,7 @@ impl Page {
                 }
             }
         };
-        let page = Page {
-            mapping: Arc::new(mapping),
-            hops,
-            path: renamed.as_ref().map(|(_, path)| path.clone()),
-        };
+        let mut page = Page { mapping: Arc::new(mapping), hops, file: None };
         page.put(0, &MAGIC.to_le_bytes());
         page.put(8, &VERSION.to_le_bytes());
         page.put(12, &std::process::id().to_le_bytes());
@@ -147,11 +152,12 @@ impl Page {
             page.put(entry + 112, &(place.blocks as u64).to_le_bytes());
             page.put(entry + 120, &(place.counters as u64).to_le_bytes());
         }
-        if let Some((unfinished, path)) = renamed
-            && let Err(error) = std::fs::rename(&unfinished, &path)
-        {
-            let _ = std::fs::remove_file(&unfinished);
-            return Err(error);
+        if let Some((unfinished, path, id)) = renamed {
+            if let Err(error) = std::fs::rename(&unfinished, &path) {
+                let _ = std::fs::remove_file(&unfinished);
+                return Err(error);
+            }
+            page.file = Some((path, id));
         }
         Ok(page)
     }
@@ -184,7 +190,10 @@ impl Page {
 
 impl Drop for Page {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
+        // Another worker may have put its page there since; that one stays.
+        if let Some((path, id)) = &self.file
+            && std::fs::symlink_metadata(path).is_ok_and(|found| file_id(&found) == *id)
+        {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -393,7 +402,9 @@ impl PageReader {
     fn hop(&self, entry: usize) -> HopSnapshot {
         let mut block = BlockSnapshot::default();
         let blocks = self.number(entry + 112) as usize;
-        for queue in 0..self.number(entry + 104).min(SANE) as usize {
+        // No more than there is room for: a number that is not ours costs no time.
+        let queues = self.number(entry + 104).min((self.mapping.len() / BLOCK) as u64);
+        for queue in 0..queues as usize {
             self.add_block(blocks.saturating_add(BLOCK * queue), &mut block);
         }
         let counters = self.number(entry + 120) as usize;
@@ -473,6 +484,60 @@ mod tests {
         assert_eq!(hops[0].block, BlockSnapshot::default());
         drop(page);
         assert!(!path.exists(), "the file goes with the worker");
+    }
+
+    #[test]
+    fn a_page_that_was_replaced_leaves_the_one_that_replaced_it() {
+        let path = std::env::temp_dir().join(format!("upcall-stats-two-{}", std::process::id()));
+        let first = Page::create(Some(&path), &specs()).unwrap();
+        let second = Page::create(Some(&path), &specs()).unwrap();
+        first.block(0, 0).enter();
+        second.block(0, 0).enter();
+        second.block(0, 0).enter();
+        drop(first);
+        assert_eq!(PageReader::open(&path).unwrap().snapshot()[0].block.now, 2);
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_page_that_cannot_be_made() {
+        let folder = std::env::temp_dir().join(format!("upcall-stats-none-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("page")).unwrap();
+        assert!(Page::create(Some(&folder.join("page")), &specs()).is_err(), "a folder is there");
+        assert!(Page::create(Some(&folder.join("none/page")), &specs()).is_err());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_came_since_is_the_difference_and_now_is_now() {
+        let path = std::env::temp_dir().join(format!("upcall-stats-since-{}", std::process::id()));
+        let page = Page::create(Some(&path), &specs()).unwrap();
+        let block = page.block(2, 1);
+        let snapshot = || PageReader::open(&path).unwrap().snapshot()[2].block.clone();
+        block.enter();
+        block.leave(3, 0, 10, true);
+        let earlier = snapshot();
+        block.enter();
+        block.enter();
+        block.leave(3, 0, 20, false);
+        block.violation();
+        let since = snapshot().since(&earlier);
+        let passed = OpCounts { requests: 1, bytes: 0, errors: 0, time_ns: 20 };
+        assert_eq!((since.ops[3], since.total(), since.now), (passed, passed, 1));
+        assert_eq!((since.violations, since.latency.total()), (1, 1));
+        // A second visit of the same request is time, and no request.
+        block.leave_again(3, 5, true);
+        let again = snapshot().since(&earlier);
+        let counted = OpCounts { requests: 1, bytes: 0, errors: 1, time_ns: 25 };
+        assert_eq!((again.total(), again.now), (counted, 0));
+    }
+
+    #[test]
+    fn names_are_cut_at_a_character_and_made_fit_for_a_terminal() {
+        assert_eq!(name_text(&name_bytes(&"é".repeat(40))), "é".repeat(23));
+        assert_eq!(name_text(b"a\x1b[31m\0rest"), "a\u{fffd}[31m");
     }
 
     #[test]

@@ -145,3 +145,84 @@ impl QueueHost for Queues {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use upcall_vhost::mock;
+
+    use super::*;
+
+    /// Two queues that run, whose threads are the test.
+    fn running(drain_ms: u64) -> (Queues, Vec<Receiver<Command>>) {
+        let (engines, receivers): (Vec<_>, Vec<_>) = (0..3)
+            .map(|_| {
+                let (commands, receiver) = channel();
+                (EngineHandle { commands, wake: Doorbell::new().unwrap() }, receiver)
+            })
+            .unzip();
+        let mut queues = Queues {
+            engines,
+            drain_ms,
+            ending: Arc::default(),
+            started: vec![false; 3],
+            stopping: vec![None, None, None],
+        };
+        let memory = Arc::new(mock::Memory::new(1 << 20));
+        let device = mock::Device::with_capacity(1 << 20, memory.table());
+        for index in 0..2 {
+            let driver = mock::Driver::new(memory.clone(), 16, false, 7);
+            queues.start(index, device.queue(&driver));
+        }
+        (queues, receivers)
+    }
+
+    /// Plays a queue thread that is told to stop: how patiently?
+    fn stopped(receiver: &Receiver<Command>) -> u64 {
+        let Ok(Command::Start(queue)) = receiver.try_recv() else { panic!("not started") };
+        let Ok(Command::Stop { drain_ms, reply }) = receiver.try_recv() else {
+            panic!("not stopped yet")
+        };
+        reply.send(Some(queue)).unwrap();
+        drain_ms
+    }
+
+    #[test]
+    fn a_connection_that_ends_stops_all_its_queues_at_once_and_nobody_waits_for_filters() {
+        let (mut queues, receivers) = running(500);
+        queues.disconnected();
+        assert_eq!([stopped(&receivers[0]), stopped(&receivers[1])], [0, 0]);
+        assert!(receivers[2].try_recv().is_err(), "it does not run");
+        assert_eq!(queues.stop(0).next_available(), 7);
+        assert_eq!(queues.stop(1).next_available(), 7);
+    }
+
+    #[test]
+    fn when_it_is_we_who_end_it_filters_have_their_time() {
+        let (mut queues, receivers) = running(500);
+        queues.ending.store(true, Ordering::SeqCst);
+        queues.disconnected();
+        assert_eq!([stopped(&receivers[0]), stopped(&receivers[1])], [500, 500]);
+    }
+
+    #[test]
+    fn one_ring_that_stops_leaves_the_others() {
+        let (mut queues, receivers) = running(500);
+        std::thread::scope(|scope| {
+            let stopping = scope.spawn(|| queues.stop(1).next_available());
+            let Ok(Command::Start(queue)) = receivers[1].recv() else { panic!("not started") };
+            let Ok(Command::Stop { drain_ms, reply }) = receivers[1].recv() else {
+                panic!("not stopped")
+            };
+            assert_eq!(drain_ms, 500);
+            reply.send(Some(queue)).unwrap();
+            assert_eq!(stopping.join().unwrap(), 7);
+        });
+        assert!(matches!(receivers[0].try_recv(), Ok(Command::Start(_))));
+        assert!(receivers[0].try_recv().is_err());
+        queues.disconnected();
+        assert!(matches!(receivers[0].try_recv(), Ok(Command::Stop { drain_ms: 0, .. })));
+        assert!(receivers[1].try_recv().is_err(), "it has stopped already");
+    }
+}
