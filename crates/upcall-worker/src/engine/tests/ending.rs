@@ -122,13 +122,18 @@ fn a_filter_that_owes_an_answer_is_told_that_nobody_waits_when_it_holds_late() {
     world.hosts[0].hold(&start);
     let cancel = world.sent(0);
     assert_eq!((cancel.kind, cancel.token), (submission_kind::CANCEL, start.token));
+    assert_eq!(world.hops()[1].block.violations, 0, "late is no violation");
+    world.hosts[0].hold(&start);
+    world.settle();
+    assert_eq!(world.hops()[1].block.violations, 1, "twice is");
+    assert!(world.hosts[0].next().is_none());
     world.hosts[0].answer(&start, verdict::PASS);
     world.settle();
-    assert_eq!(world.hops()[1].block.violations, 0, "late is no violation");
+    assert_eq!(world.hops()[1].block.violations, 1);
     assert!(world.engine.abandoned.is_empty());
     world.hosts[0].answer(&start, verdict::PASS);
     world.settle();
-    assert_eq!(world.hops()[1].block.violations, 1, "twice is");
+    assert_eq!(world.hops()[1].block.violations, 2);
 }
 
 #[test]
