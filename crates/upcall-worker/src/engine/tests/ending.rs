@@ -10,6 +10,7 @@ use upcall_block::*;
 
 use super::world::*;
 use super::{Command, PAGE};
+use crate::hosts::HostId;
 
 type Stopped = Receiver<Option<Box<dyn RequestQueue>>>;
 
@@ -134,6 +135,22 @@ fn a_filter_that_owes_an_answer_is_told_that_nobody_waits_when_it_holds_late() {
     world.hosts[0].answer(&start, verdict::PASS);
     world.settle();
     assert_eq!(world.hops()[1].block.violations, 2);
+}
+
+#[test]
+fn a_host_that_is_lost_owes_nothing_any_more() {
+    let mut world = World::new(Making::new(vec![blind(), observer()]).0);
+    world.submit(Op::Flush, 0, 0);
+    let _start = world.sent(0);
+    let stopped = stop(&mut world, 0);
+    wait(&mut world, &stopped);
+    world.commands.send(Command::HostLost(HostId(1))).unwrap();
+    world.settle();
+    assert_eq!(world.engine.abandoned.len(), 1);
+    world.commands.send(Command::HostLost(HostId(0))).unwrap();
+    world.settle();
+    assert!(world.engine.abandoned.is_empty());
+    world.assert_empty();
 }
 
 #[test]

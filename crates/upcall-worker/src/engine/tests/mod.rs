@@ -61,9 +61,11 @@ fn what_the_loss_of_a_host_leads_to_is_shown_before_the_thread_sleeps() {
     world.settle();
     world.submit(Op::Write, PAGE.into(), PAGE);
     let start = world.sent(0);
-    // The second one finds the ring of the host below full, and its head makes no sense.
-    world.hosts[1].memory.write(SUBMISSION_HEAD_OFFSET, &77u32.to_ne_bytes()).unwrap();
+    // The second one finds the ring of the host below full. Later, and with nothing else to
+    // do, its head is found to make no sense.
     world.hosts[0].answer(&start, verdict::WATCH);
+    world.settle();
+    world.hosts[1].memory.write(SUBMISSION_HEAD_OFFSET, &77u32.to_ne_bytes()).unwrap();
     assert!(world.hosts[0].channel.submissions.before_sleep());
     world.settle();
     assert!(world.gave_up(1));
