@@ -283,3 +283,41 @@ fn what_was_written_is_in_the_image_when_the_worker_has_ended() {
     assert!(bytes[4096..8192].iter().all(|byte| *byte == 6));
     assert!(RawStore::open(RawOptions::new(&image)).is_ok(), "and nobody has it any more");
 }
+
+#[test]
+fn only_a_disk_that_is_there_for_that_alone_can_be_granted() {
+    let folder = Folder::new("grants");
+    let copies = folder.filter(PROBE, &["-DSEES=6", "-DFLAGS=1"]);
+    let granted = |name: &str, other: DiskConfig| {
+        let slot = SlotConfig { grants: vec![name.into()], ..slot(&copies) };
+        let disks = vec![memory_disk("a", 1 << 20, vec![slot]), other];
+        try_start(disks, &Log::default()).map(drop).map_err(|error| error.to_string())
+    };
+    let other = || DiskConfig { queues: 0, ..memory_disk("b", 1 << 20, vec![]) };
+    assert_eq!(granted("b", other()), Ok(()));
+    let served = granted("b", memory_disk("b", 1 << 20, vec![])).unwrap_err();
+    assert!(served.contains("\"b\"") && served.contains("served to a guest"), "{served}");
+    let own = granted("a", other()).unwrap_err();
+    assert!(own.contains("its own disk"), "{own}");
+}
+
+#[test]
+fn a_filter_host_that_breaks_too_many_rules_is_killed() {
+    let folder = Folder::new("rules");
+    let blind = folder.filter(PROBE, &[]);
+    let log = Log::default();
+    let chain = vec![told(&blind, "nonsense", 0)];
+    let worker = start(vec![memory_disk("a", 1 << 20, chain)], &log);
+    let mut disk = Driver::new(&worker, 0, 0);
+    assert_eq!(hosts_of(&blind).len(), 1);
+    for _ in 0..20 {
+        assert_eq!(disk.write(0, &[1; 512]), Err(Errno::EIO));
+    }
+    log.wait_for("it broke too many rules");
+    let end = Instant::now() + PATIENCE;
+    while !hosts_of(&blind).is_empty() {
+        assert!(Instant::now() < end, "it lives on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(worker.shutdown().failures.is_empty());
+}
