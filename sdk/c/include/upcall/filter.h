@@ -361,7 +361,8 @@ struct upcall_filter {
 
     /*
      * The request, which the filter holds, is no longer wanted (guest reset). The
-     * filter answers it soon, in its own way; the answer only frees it. May come
+     * filter answers it within two seconds, in its own way; the answer only frees it. A
+     * filter that does not may be ended. May come
      * after the filter has called answer() but before that has arrived: use
      * @context, not @req, to find what is meant, and ignore what is not held any
      * more. @context is what the filter stored in req->context.
