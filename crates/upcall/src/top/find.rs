@@ -27,7 +27,10 @@ pub fn is_alive(pid: u32) -> bool {
 
 /// The page of the only worker that runs, among the usual places.
 pub fn only_live_page() -> Result<PathBuf, Failure> {
-    let folders = [PathBuf::from("."), runtime_folder(), "/run".into(), std::env::temp_dir()];
+    let mut folders =
+        vec![PathBuf::from("."), runtime_folder(), "/run".into(), std::env::temp_dir()];
+    // For root, the runtime folder is /run.
+    folders.dedup();
     choose(live_pages(&folders), &folders)
 }
 
