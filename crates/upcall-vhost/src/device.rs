@@ -401,7 +401,13 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
         let answer = self.place(index.into());
         let at = self.answer(answer)?;
-        self.rings[at].signals.set_call(fd.map(OwnedFd::from));
+        let signals = &self.rings[at].signals;
+        signals.set_call(fd.map(OwnedFd::from));
+        // A completion may just have been told to the descriptor before, which nobody looks
+        // at any more: QEMU changes them whenever the guest masks its interrupt, and does not
+        // wait for us. A guest that misses an interrupt waits for ever; one too many costs
+        // it nothing.
+        signals.ring_call();
         Ok(())
     }
 

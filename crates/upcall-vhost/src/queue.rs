@@ -83,6 +83,11 @@ impl Signals {
         *self.error.lock().unwrap_or_else(PoisonError::into_inner) = fd.map(Signal::new);
     }
 
+    /// Interrupts the guest, whether it asked or not.
+    pub fn ring_call(&self) {
+        Signals::ring(&self.call);
+    }
+
     fn ring(signal: &Mutex<Option<Signal>>) {
         if let Some(signal) = &*signal.lock().unwrap_or_else(PoisonError::into_inner) {
             signal.ring();
@@ -325,7 +330,7 @@ impl RequestQueue for VirtQueue {
 
     fn publish(&mut self) {
         if self.ring.publish() {
-            Signals::ring(&self.signals.call);
+            self.signals.ring_call();
         }
     }
 

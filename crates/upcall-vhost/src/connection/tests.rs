@@ -322,6 +322,27 @@ fn without_protocol_features_a_ring_starts_at_its_kick_descriptor() {
 }
 
 #[test]
+fn a_new_call_descriptor_is_rung_for_what_was_told_to_the_one_before() {
+    let client = Client::new();
+    let (kick, masked) = doorbells();
+    let call = Doorbell::new().unwrap();
+    client.greet();
+    client.send_u64(SET_FEATURES, LINUX);
+    let memory = Arc::new(Memory::new(1 << 20));
+    client.add_memory(&memory);
+    let mut driver = Driver::new(memory.clone(), 16, true, 0);
+    // As QEMU starts a disk: the ring runs before its interrupt is connected.
+    client.send_fd(SET_VRING_CALL, 0, &masked);
+    client.start_ring(&driver, 16, 0, &kick);
+    driver.submit(T_FLUSH, 0, &[], 0);
+    kick.ring();
+    completion(&mut driver, &masked);
+    client.send_fd(SET_VRING_CALL, 0, &call);
+    client.get_u64(GET_FEATURES);
+    assert!(call.clear(), "the guest would wait for ever");
+}
+
+#[test]
 fn memory_comes_and_goes_while_a_ring_runs() {
     let client = Client::new();
     let (kick, call) = doorbells();
