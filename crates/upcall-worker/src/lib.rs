@@ -25,6 +25,10 @@ pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
 pub use worker::{DiskSummary, ExitReport, Worker};
 
+#[cfg(feature = "sim")]
+#[doc(hidden)]
+pub use engine::sim;
+
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub use engine::hostile::play as play_hostile_hosts;

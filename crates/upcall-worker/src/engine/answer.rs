@@ -6,7 +6,7 @@ use upcall_chain::{Action, SlotIndex, Verdict};
 
 use super::inflight::Visit;
 use super::message::{self, Delivery, Message};
-use super::{Engine, Slot, now_ns};
+use super::{Engine, Slot};
 use crate::config::LogLevel;
 
 impl Engine {
@@ -145,7 +145,7 @@ impl Engine {
 
     /// Counts a visit that has ended.
     fn count_visit(&self, visit: &Visit, op: Op, bytes: u32, failed: bool) {
-        let latency_ns = now_ns().saturating_sub(visit.since_ns);
+        let latency_ns = self.now_ns().saturating_sub(visit.since_ns);
         let stats = &self.slot(visit.slot).stats;
         if visit.up {
             stats.leave_again(op as u8, latency_ns, failed);

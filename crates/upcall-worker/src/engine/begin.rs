@@ -6,8 +6,8 @@ use upcall_block::{Errno, Op, Range, Request, RequestFlags};
 use upcall_chain::{Entry, Flight, Route, SlotIndex};
 use upcall_ring::Buffers;
 
+use super::Engine;
 use super::inflight::{InFlight, Origin};
-use super::{Engine, now_ns};
 
 /// What a request is, when it begins.
 pub(super) struct Begin {
@@ -33,7 +33,7 @@ impl Engine {
             origin: Origin::Guest(request.tag),
             lane: 0,
             below: None,
-            arrived_ns: now_ns(),
+            arrived_ns: self.now_ns(),
         };
         self.begin(begin);
     }

@@ -8,7 +8,7 @@ use upcall_chain::{Action, DataAccess, SlotIndex};
 use super::inflight::{Origin, Visit};
 use super::link::Sent;
 use super::message::Delivery;
-use super::{Engine, Slot, now_ns};
+use super::{Engine, Slot};
 
 impl Engine {
     /// Does what a flight asks, and what it asks next, until it waits for somebody.
@@ -42,6 +42,7 @@ impl Engine {
     /// next if the answer is there already.
     fn deliver(&mut self, number: u32, slot: SlotIndex, up: Option<Status>) -> Option<Action> {
         self.serial = self.serial.wrapping_add(1).max(1);
+        let since_ns = self.now_ns();
         let delivery = Delivery { request: number, serial: self.serial };
         let flight = self.flights.get_mut(number)?;
         let lane = &self.parts.lanes[flight.lane];
@@ -49,7 +50,7 @@ impl Engine {
         let (link, instance) = (*link, *instance);
         stats.enter();
         flight.visit =
-            Some(Visit { slot, delivery, up: up.is_some(), since_ns: now_ns(), held_cookie: None });
+            Some(Visit { slot, delivery, up: up.is_some(), since_ns, held_cookie: None });
         if self.parts.links[link].lost {
             return self.leave_lost(number);
         }
@@ -104,13 +105,14 @@ impl Engine {
     fn store(&mut self, number: u32) {
         let Some(origin) = self.flights.get(number).map(|flight| flight.origin) else { return };
         let arena = self.arena_of(origin);
+        let stored_ns = self.now_ns();
         let Some(flight) = self.flights.get_mut(number) else { return };
         let data = match &flight.slice {
             Some(slice) => self.parts.arenas[arena].buffers(slice, flight.range.length()),
             // Nobody else looks at it: straight between its issuer and the store.
             None => std::mem::take(&mut flight.data),
         };
-        flight.stored_ns = now_ns();
+        flight.stored_ns = stored_ns;
         self.parts.store_stats.enter();
         self.parts.lanes[flight.lane].store.submit(StoreIo {
             token: StoreToken(u64::from(number)),
@@ -123,8 +125,9 @@ impl Engine {
 
     pub(super) fn handle_stored(&mut self, done: StoreDone) {
         let number = done.token.0 as u32;
+        let now_ns = self.now_ns();
         let Some(flight) = self.flights.get_mut(number) else { return };
-        let latency_ns = now_ns().saturating_sub(flight.stored_ns);
+        let latency_ns = now_ns.saturating_sub(flight.stored_ns);
         let bytes = u64::from(flight.range.length());
         self.parts.store_stats.leave(flight.op as u8, bytes, latency_ns, done.status.is_err());
         let action = flight.flight.handle_store(done.status).action;
@@ -163,7 +166,7 @@ impl Engine {
         match origin {
             Origin::Guest(tag) => {
                 self.guest_requests -= 1;
-                let latency_ns = now_ns().saturating_sub(arrived_ns);
+                let latency_ns = self.now_ns().saturating_sub(arrived_ns);
                 self.parts.request_stats.leave(
                     op as u8,
                     u64::from(range.length()),

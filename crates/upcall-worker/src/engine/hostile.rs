@@ -19,7 +19,7 @@ use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
 use upcall_stats::{HopKind, HopSpec, Page};
 use upcall_store::MemoryStore;
 
-use super::{Command, Engine, Lane, Link, Parts, Slot};
+use super::{Clock, Command, Engine, Lane, Link, Parts, Slot};
 use crate::direct::{DirectClient, direct_queue};
 use crate::hosts::HostId;
 
@@ -179,6 +179,7 @@ impl World {
         let (queue, client) = direct_queue().expect("a queue");
         let parts = Parts {
             disk: "d".into(),
+            clock: Clock::Monotonic,
             commands: receiver,
             wake: Doorbell::new().expect("a doorbell"),
             lanes: vec![lane(chain), lane(bare)],

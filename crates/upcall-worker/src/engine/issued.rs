@@ -6,12 +6,12 @@ use upcall_block::{Errno, Range, Status};
 use upcall_chain::SlotIndex;
 use upcall_ring::Buffers;
 
+use super::Engine;
 use super::begin::Begin;
 use super::carry::raw_status;
 use super::inflight::Origin;
 use super::link::Sent;
 use super::message::Issue;
-use super::{Engine, now_ns};
 
 impl Engine {
     pub(super) fn handle_issue(&mut self, link: usize, instance: u32, issue: Issue) {
@@ -72,7 +72,7 @@ impl Engine {
             },
             lane,
             below: if lane == 0 { SlotIndex::new(slot) } else { None },
-            arrived_ns: now_ns(),
+            arrived_ns: self.now_ns(),
         })
     }
 

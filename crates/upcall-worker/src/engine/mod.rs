@@ -11,12 +11,15 @@
 mod answer;
 mod begin;
 mod carry;
+mod clock;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod hostile;
 mod inflight;
 mod issued;
 mod link;
 mod message;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 mod slab;
 mod stop;
 #[cfg(test)]
@@ -28,13 +31,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::time::{ClockId, Timespec, clock_gettime};
+use rustix::time::Timespec;
 use upcall_abi::filter::ISSUED_MAX;
 use upcall_block::{Request, RequestQueue, StoreDone, StoreQueue};
 use upcall_chain::{Chain, SlotIndex};
 use upcall_ring::{Arena, Doorbell, Turn, Waiter};
 use upcall_stats::Block;
 
+pub(crate) use clock::Clock;
 pub(crate) use link::Link;
 
 use crate::config::{LogLevel, LogSink};
@@ -90,6 +94,7 @@ pub(crate) struct Slot {
 /// All that a queue thread is made of.
 pub(crate) struct Parts {
     pub(crate) disk: Arc<str>,
+    pub(crate) clock: Clock,
     pub(crate) commands: Receiver<Command>,
     pub(crate) wake: Doorbell,
     /// The own disk, then the granted ones.
@@ -132,12 +137,6 @@ pub(crate) struct Engine {
     waiter: Waiter,
 }
 
-/// CLOCK_MONOTONIC in ns.
-pub(crate) fn now_ns() -> u64 {
-    let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Monotonic);
-    tv_sec as u64 * 1_000_000_000 + tv_nsec as u64
-}
-
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Engine {
         let waiting = parts.arenas.len().max(1);
@@ -167,7 +166,7 @@ impl Engine {
             if self.quit && self.flights.len() == 0 {
                 return;
             }
-            match self.waiter.turn(busy, now_ns()) {
+            match self.waiter.turn(busy, self.parts.clock.now_ns()) {
                 Turn::Poll => std::hint::spin_loop(),
                 Turn::Yield => self.yield_core(),
                 Turn::Sleep => self.sleep(),
@@ -185,10 +184,16 @@ impl Engine {
         busy | self.check_stop()
     }
 
+    /// Nanoseconds of the clock that everything here is measured with.
+    fn now_ns(&self) -> u64 {
+        self.parts.clock.now_ns()
+    }
+
     fn yield_core(&mut self) {
-        let before = now_ns();
+        let before = self.now_ns();
         rustix::thread::sched_yield();
-        self.waiter.yielded(now_ns() - before);
+        let after = self.now_ns();
+        self.waiter.yielded(after.saturating_sub(before));
     }
 
     fn log(&self, level: LogLevel, text: &str) {
@@ -326,7 +331,8 @@ impl Engine {
     fn sleep_ns_max(&self) -> Option<u64> {
         let patience =
             self.stop.as_ref().map(|stop| &stop.patience).into_iter().chain(&self.ending);
-        let ends = patience.map(|patience| patience.until_ns.saturating_sub(now_ns())).min();
+        let until_ns = patience.map(|patience| patience.until_ns).min();
+        let ends = until_ns.map(|until_ns| until_ns.saturating_sub(self.now_ns()));
         // A filter host does not say when there is room in its ring again.
         let waits = self.parts.links.iter().any(|link| link.backlog() > 0);
         ends.into_iter().chain(waits.then_some(ROOM_NS)).min()

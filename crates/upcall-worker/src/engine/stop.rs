@@ -10,8 +10,8 @@ use std::sync::mpsc::SyncSender;
 use upcall_block::{Errno, RequestQueue};
 use upcall_chain::DataAccess;
 
+use super::Engine;
 use super::inflight::{InFlight, Origin};
-use super::{Engine, now_ns};
 use crate::config::LogLevel;
 
 /// How long a filter may take to answer after a cancel.
@@ -33,16 +33,16 @@ enum Due {
 }
 
 impl Patience {
-    fn new(ms: u64) -> Patience {
-        let until_ns = now_ns().saturating_add(ms.saturating_mul(1_000_000));
+    fn new(now_ns: u64, ms: u64) -> Patience {
+        let until_ns = now_ns.saturating_add(ms.saturating_mul(1_000_000));
         Patience { until_ns, cancelled: false }
     }
 
-    fn check(&mut self) -> Option<Due> {
-        if now_ns() < self.until_ns {
+    fn check(&mut self, now_ns: u64) -> Option<Due> {
+        if now_ns < self.until_ns {
             return None;
         }
-        self.until_ns = now_ns().saturating_add(CANCEL_GRACE_NS);
+        self.until_ns = now_ns.saturating_add(CANCEL_GRACE_NS);
         let cancelled = std::mem::replace(&mut self.cancelled, true);
         Some(if cancelled { Due::Abandon } else { Due::Cancel })
     }
@@ -67,11 +67,13 @@ impl Engine {
         drain_ms: u64,
         reply: SyncSender<Option<Box<dyn RequestQueue>>>,
     ) {
-        self.stop = Some(Stop { reply, patience: Patience::new(drain_ms) });
+        let patience = Patience::new(self.now_ns(), drain_ms);
+        self.stop = Some(Stop { reply, patience });
     }
 
     pub(super) fn wind_down(&mut self, drain_ms: u64) {
-        self.ending.get_or_insert_with(|| Patience::new(drain_ms));
+        let now_ns = self.now_ns();
+        self.ending.get_or_insert_with(|| Patience::new(now_ns, drain_ms));
     }
 
     /// Who is in order has nothing in flight by now.
@@ -89,8 +91,12 @@ impl Engine {
             let _ = reply.send(self.frontend.take());
             return true;
         }
-        let stop = self.stop.as_mut().and_then(|stop| stop.patience.check());
-        let end = self.ending.as_mut().and_then(Patience::check);
+        if self.stop.is_none() && self.ending.is_none() {
+            return false;
+        }
+        let now_ns = self.now_ns();
+        let stop = self.stop.as_mut().and_then(|stop| stop.patience.check(now_ns));
+        let end = self.ending.as_mut().and_then(|patience| patience.check(now_ns));
         let Some(due) = end.as_ref().or(stop.as_ref()) else { return false };
         let flights = self.flights.iter();
         let chosen = flights.filter(|(_, flight)| end.is_some() || self.is_guests(flight));
@@ -131,11 +137,11 @@ impl Engine {
     /// Ends requests whose filter has not even answered a cancel. Those in the store must
     /// be waited for.
     fn abandon_requests(&mut self, chosen: &[u32]) {
-        let mut count = 0;
+        let (mut count, now_ns) = (0, self.now_ns());
         for &number in chosen {
             let Some(flight) = self.flights.get(number) else { continue };
             let Some(visit) = flight.visit else { continue };
-            if visit.since_ns.saturating_add(CANCEL_GRACE_NS) > now_ns() {
+            if visit.since_ns.saturating_add(CANCEL_GRACE_NS) > now_ns {
                 // It came there only after the cancel, and has the same time.
                 continue;
             }

@@ -15,7 +15,7 @@ use upcall_stats::Page;
 
 use super::{Starting, StartingDisk, system};
 use crate::config::LogSink;
-use crate::engine::{Link, Parts, Slot};
+use crate::engine::{Clock, Link, Parts, Slot};
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, HostId, SupervisorOrders};
 
@@ -145,6 +145,7 @@ pub(super) fn connect_engines(
         };
         let parts = Parts {
             disk: disk.name.clone(),
+            clock: Clock::default(),
             commands: receiver,
             wake: wake.clone(),
             lanes: Vec::new(),

@@ -5,8 +5,8 @@ use upcall_abi::ring::{NO_DATA, submission_kind};
 use upcall_block::*;
 use upcall_ring::Buffers;
 
-use super::world::*;
 use super::{PAGE, SlotSpecs};
+use crate::engine::sim::*;
 
 #[test]
 fn where_no_filter_asks_for_the_data_the_store_gets_the_guests_own_memory() {
@@ -69,7 +69,7 @@ fn requests_issued_for_issued_ones_never_wait_for_room_that_those_take_up() {
         world.settle();
         keeper.complete(Ok(()));
         for (host, held) in held.iter_mut().enumerate() {
-            while let Some(entry) = world.hosts[host].next() {
+            while let Some(entry) = world.hosts[host].take() {
                 if entry.kind == submission_kind::START {
                     let id = turn << 32 | held.len() as u64;
                     world.hosts[host].hold(&entry);
@@ -81,7 +81,7 @@ fn requests_issued_for_issued_ones_never_wait_for_room_that_those_take_up() {
                 }
             }
         }
-        while let Some(entry) = world.hosts[2].next() {
+        while let Some(entry) = world.hosts[2].take() {
             world.hosts[2].answer(&entry, verdict::PASS);
         }
         ended.extend(world.ended());
@@ -115,7 +115,7 @@ fn written_zeroes_have_few_parts_in_flight_and_none_begins_after_a_failure() {
     world.submit(Op::WriteZeroes, 0, 8 << 20);
     let mut parts = Vec::new();
     world.settle();
-    while let Some(start) = world.hosts[0].next() {
+    while let Some(start) = world.hosts[0].take() {
         parts.push((start.offset, start.length));
         world.hosts[0].answer(&start, verdict::PASS);
     }
@@ -123,7 +123,7 @@ fn written_zeroes_have_few_parts_in_flight_and_none_begins_after_a_failure() {
     world.settle();
     keeper.complete(Err(Errno::ENOSPC));
     world.settle();
-    assert!(world.hosts[0].next().is_none());
+    assert!(world.hosts[0].take().is_none());
     assert_eq!(world.ended(), [Err(Errno::ENOSPC)]);
     world.assert_empty();
 }
@@ -142,7 +142,7 @@ fn requests_that_wait_for_room_go_on_in_the_order_of_their_arrival() {
         let start = world.sent(0);
         lengths.push(start.length / PAGE);
         if lengths.len() == 1 {
-            assert!(world.hosts[0].next().is_none());
+            assert!(world.hosts[0].take().is_none());
         }
         world.hosts[0].answer(&start, verdict::PASS);
         world.settle();

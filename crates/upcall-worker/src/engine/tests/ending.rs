@@ -8,8 +8,8 @@ use upcall_abi::filter::verdict;
 use upcall_abi::ring::submission_kind;
 use upcall_block::*;
 
-use super::world::*;
 use super::{Command, PAGE};
+use crate::engine::sim::*;
 use crate::hosts::HostId;
 
 type Stopped = Receiver<Option<Box<dyn RequestQueue>>>;
@@ -63,7 +63,7 @@ fn patience_lasts_as_long_as_was_said_before_a_cancel() {
     let stopped = stop(&mut world, 60_000);
     sleep(Duration::from_millis(50));
     world.settle();
-    assert!(world.hosts[0].next().is_none(), "no cancel yet");
+    assert!(world.hosts[0].take().is_none(), "no cancel yet");
     world.hosts[0].answer(&start, verdict::PASS);
     world.settle();
     keeper.complete(Ok(()));
@@ -127,7 +127,7 @@ fn a_filter_that_owes_an_answer_is_told_that_nobody_waits_when_it_holds_late() {
     world.hosts[0].hold(&start);
     world.settle();
     assert_eq!(world.hops()[1].block.violations, 1, "twice is");
-    assert!(world.hosts[0].next().is_none());
+    assert!(world.hosts[0].take().is_none());
     world.hosts[0].answer(&start, verdict::PASS);
     world.settle();
     assert_eq!(world.hops()[1].block.violations, 1);

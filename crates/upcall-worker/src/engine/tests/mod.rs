@@ -3,14 +3,13 @@
 mod data;
 mod ending;
 mod model;
-mod world;
 
 use std::time::{Duration, Instant};
 
+use super::sim::*;
 use upcall_abi::filter::verdict;
 use upcall_abi::ring::{Completion, SUBMISSION_HEAD_OFFSET, completion_kind, submission_kind};
 use upcall_block::*;
-use world::*;
 
 use super::Command;
 use crate::hosts::HostId;
@@ -31,7 +30,7 @@ fn entries_that_found_a_full_ring_arrive_although_nobody_rings_for_the_room() {
     world.settle();
     assert_eq!(world.engine.flights.len(), 0);
     // What comes later does not overtake them when there is room.
-    assert_eq!(world.hosts[0].next().map(|entry| entry.token), Some(0));
+    assert_eq!(world.hosts[0].take().map(|entry| entry.token), Some(0));
     world.hosts[0].issue(12, 7, 0, PAGE, 0);
     world.settle();
     let World { engine, mut hosts, commands, wake, .. } = world;
@@ -41,7 +40,7 @@ fn entries_that_found_a_full_ring_arrive_although_nobody_rings_for_the_room() {
     let end = Instant::now() + Duration::from_secs(10);
     while ended.len() < 12 {
         std::thread::sleep(Duration::from_millis(2));
-        ended.extend(hosts[0].next().map(|entry| entry.token));
+        ended.extend(hosts[0].take().map(|entry| entry.token));
         assert!(Instant::now() < end, "only {ended:?} arrived");
     }
     assert_eq!(ended, (1..=12).collect::<Vec<_>>());
@@ -172,7 +171,7 @@ fn any_number_of_requests_that_wait_for_room_end_in_little_stack_when_their_filt
         assert_eq!(world.engine.flights.len(), 256);
         world.commands.send(Command::HostLost(HostId(1))).unwrap();
         world.settle();
-        let reports = std::iter::from_fn(|| world.hosts[0].next());
+        let reports = std::iter::from_fn(|| world.hosts[0].take());
         assert_eq!(reports.filter(|entry| entry.status == -5).count(), 256);
         world.assert_empty();
     });
@@ -329,14 +328,14 @@ fn a_filter_issues_only_what_it_may_and_only_so_much() {
     world.commands.send(Command::HostLost(HostId(0))).unwrap();
     for _ in 0..10 {
         world.settle();
-        while let Some(start) = world.hosts[1].next() {
+        while let Some(start) = world.hosts[1].take() {
             assert_eq!(start.kind, submission_kind::START);
             world.hosts[1].answer(&start, verdict::PASS);
         }
         world.settle();
         keeper.complete(Ok(()));
     }
-    assert!(world.hosts[0].next().is_none());
+    assert!(world.hosts[0].take().is_none());
     assert_eq!(world.hops()[3].block.total().requests, 256);
     world.assert_empty();
 }

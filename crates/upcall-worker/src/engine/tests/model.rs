@@ -13,7 +13,7 @@ use upcall_store::MemoryStore;
 use upcall_store::testing::{Faults, FaultyStore};
 
 use super::Command;
-use super::world::*;
+use crate::engine::sim::*;
 use crate::hosts::HostId;
 
 const SECTOR: usize = 512;
@@ -95,6 +95,7 @@ impl Play {
             lanes: vec![lane(&disk), lane(&copy)],
             entries: [4, 64][random.below(2) as usize],
             pages: [8, 100][random.below(2) as usize],
+            plays_clock: true,
         };
         Play {
             world: World::new(making),
@@ -178,7 +179,7 @@ impl Play {
 
     /// One filter host takes an entry and acts on it.
     fn act(&mut self, host: usize) {
-        let Some(entry) = self.world.hosts[host].next() else { return };
+        let Some(entry) = self.world.hosts[host].take() else { return };
         let goes_down = entry.kind == submission_kind::START;
         let (pass, data) = (verdict::PASS, matches!(entry.op, 1 | 2));
         let hosts = &mut self.world.hosts;
@@ -257,7 +258,7 @@ impl Play {
         }
         self.world.commands.send(Command::HostLost(HostId(host))).unwrap();
         self.world.engine.turn();
-        while self.world.hosts[host].next().is_some() {}
+        while self.world.hosts[host].take().is_some() {}
     }
 
     fn run(mut self) {

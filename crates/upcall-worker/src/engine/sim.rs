@@ -1,10 +1,14 @@
-//! A queue thread's engine whose filter hosts, store and guest are the test: everything
-//! happens when the test says so.
+//! A queue thread's engine, the production one, whose filter hosts, stores, guest and clock
+//! are played: by this crate's tests, and by whoever simulates a world (feature `sim`).
+//!
+//! Always true: nothing happens in the engine except within [`World::turn`], on the calling
+//! thread; with a [played clock](Making::plays_clock) what happens depends on nothing but
+//! what was called, so that a world from a seed can be played again exactly.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,12 +21,15 @@ use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
 use upcall_stats::{HopKind, HopSnapshot, HopSpec, Page, PageReader};
 use upcall_store::MemoryStore;
 
+use super::{Clock, Command, Engine, Lane, Link, Parts, Slot};
 use crate::direct::{DirectClient, direct_queue};
-use crate::engine::{Command, Engine, Lane, Link, Parts, Slot};
 use crate::hosts::HostId;
 
+/// Bytes of a disk.
 pub const CAPACITY: u64 = 1 << 20;
+/// What has data.
 pub const DATA: OpSet = OpSet::NONE.with(Op::Read).with(Op::Write);
+/// Bytes of the guest's memory.
 pub const GUEST_MEMORY: usize = 4 << 20;
 
 fn spec(class: Class, ops: OpSet, sees: OpSet, changes: OpSet, answers: OpSet) -> SlotSpec {
@@ -47,7 +54,9 @@ pub fn observer() -> SlotSpec {
 /// What the store has got, and what it shall report.
 #[derive(Default)]
 pub struct Taken {
+    /// Got, and not completed yet; in order.
     pub ios: Vec<StoreIo>,
+    /// Reported at the next look.
     pub done: Vec<StoreDone>,
 }
 
@@ -89,35 +98,43 @@ impl Keeper {
 
 /// A filter host, played by the test.
 pub struct Host {
+    /// Its ends of the rings.
     pub channel: HostChannel,
+    /// The memory of the rings, for who writes nonsense there.
     pub memory: Mapping,
     /// Rung for it.
     pub doorbell: Doorbell,
     worker: Doorbell,
+    /// Its only instance.
     pub instance: u32,
 }
 
 impl Host {
-    pub fn next(&mut self) -> Option<Submission> {
+    /// Takes what it is sent next.
+    pub fn take(&mut self) -> Option<Submission> {
         self.channel.submissions.pop()
     }
 
+    /// Writes an entry, for its instance. Panics if there is no room.
     pub fn say(&mut self, entry: Completion) {
         let entry = Completion { instance: self.instance, ..entry };
         self.channel.completions.push(&entry).expect("room in the ring");
         self.channel.completions.wake(&self.worker);
     }
 
+    /// A verdict with status 0.
     pub fn answer(&mut self, to: &Submission, verdict: u8) {
         self.answer_with(to, verdict, 0, 0);
     }
 
+    /// A verdict.
     pub fn answer_with(&mut self, to: &Submission, verdict: u8, status: i32, cookie: u64) {
         let kind = completion_kind::VERDICT;
         let (token, code) = (to.token, verdict);
         self.say(Completion { kind, code, token, status, cookie, ..Completion::default() });
     }
 
+    /// Says that it holds what it was sent.
     pub fn hold(&mut self, to: &Submission) {
         let (kind, token) = (completion_kind::HELD, to.token);
         self.say(Completion { kind, token, cookie: 9, ..Completion::default() });
@@ -140,13 +157,18 @@ impl Host {
 
 /// What a world is made of.
 pub struct Making {
+    /// The filters, in the order of the chain.
     pub specs: Vec<SlotSpec>,
-    /// By slot, in the order of the chain.
+    /// By slot: whether its filter issues requests.
     pub issues: Vec<bool>,
+    /// The stores of the own disk and of those that each filter is granted.
     pub lanes: Vec<(Box<dyn StoreQueue>, DiskInfo)>,
+    /// Entries of a ring.
     pub entries: u32,
     /// Pages of an arena.
     pub pages: usize,
+    /// Time stands still until [`World::pass`]; otherwise it is the system's.
+    pub plays_clock: bool,
 }
 
 impl Making {
@@ -159,11 +181,13 @@ impl Making {
             lanes: vec![(Box::new(keeper.clone()), info())],
             entries: 64,
             pages: 64,
+            plays_clock: false,
         };
         (making, keeper)
     }
 }
 
+/// A disk of [`CAPACITY`] bytes that can everything.
 pub fn info() -> DiskInfo {
     MemoryStore::new(CAPACITY).unwrap().info().clone()
 }
@@ -173,25 +197,41 @@ fn mapping(size: usize) -> Arc<Mapping> {
     Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).unwrap())
 }
 
+/// See the module.
 pub struct World {
-    pub engine: Engine,
-    pub commands: Sender<Command>,
+    pub(super) engine: Engine,
+    pub(super) commands: Sender<Command>,
+    /// Rung for the engine.
     pub wake: Doorbell,
+    now_ns: Arc<AtomicU64>,
+    /// The guest.
     pub client: DirectClient,
     /// In the order of the chain.
     pub hosts: Vec<Host>,
+    /// The guest's memory.
     pub guest: Arc<Mapping>,
+    /// The data that filters see.
     pub arena: Arc<Mapping>,
+    /// The data of what filters issue.
     pub issue_arena: Arc<Mapping>,
+    /// What an operator was told.
     pub log: Arc<Mutex<Vec<String>>>,
+    /// Hosts that the engine wants killed, by slot, and why.
     pub given_up: Arc<Mutex<Vec<(usize, String)>>>,
+    /// What the guest is offered.
     pub info: DiskInfo,
     _page: Page,
     page_path: PathBuf,
 }
 
 impl World {
+    /// A world in which nothing has happened yet.
     pub fn new(making: Making) -> World {
+        let now_ns = Arc::new(AtomicU64::new(1));
+        let clock = match making.plays_clock {
+            true => Clock::Played(now_ns.clone()),
+            false => Clock::Monotonic,
+        };
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = making.specs.len();
         let arena_bytes = making.pages * 4096;
@@ -246,6 +286,7 @@ impl World {
         let (log_sink, given_up_sink) = (log.clone(), given_up.clone());
         let parts = Parts {
             disk: "d".into(),
+            clock,
             commands: receiver,
             wake: wake.clone(),
             lanes: lanes.collect(),
@@ -267,6 +308,7 @@ impl World {
             engine: Engine::new(parts),
             commands,
             wake,
+            now_ns,
             client,
             hosts,
             guest: mapping(GUEST_MEMORY),
@@ -285,6 +327,7 @@ impl World {
         self.submit_flags(op, offset, length, at, RequestFlags::default())
     }
 
+    /// The same with flags.
     pub fn submit_flags(
         &mut self,
         op: Op,
@@ -302,15 +345,59 @@ impl World {
         self.client.submit(op, range, flags, data)
     }
 
+    /// A request whose data is at the start of the guest's memory.
     pub fn submit(&mut self, op: Op, offset: u64, length: u32) -> Tag {
         self.submit_at(op, offset, length, 0)
     }
 
-    /// Turns until there is nothing to do.
-    pub fn settle(&mut self) {
-        while self.engine.turn() {}
+    /// One turn of the engine's loop; whether there was something to do.
+    pub fn turn(&mut self) -> bool {
+        self.engine.turn()
     }
 
+    /// Turns until there is nothing to do.
+    pub fn settle(&mut self) {
+        while self.turn() {}
+    }
+
+    /// Lets time pass, if it is played.
+    pub fn pass(&mut self, ns: u64) {
+        self.now_ns.fetch_add(ns, Ordering::Relaxed);
+    }
+
+    /// In how many nanoseconds the engine must have a turn although nobody wakes it.
+    pub fn wakes_in_ns(&self) -> Option<u64> {
+        self.engine.sleep_ns_max()
+    }
+
+    /// The filter host of a slot has died.
+    pub fn lose_host(&mut self, host: usize) {
+        self.command(Command::HostLost(HostId(host)));
+    }
+
+    /// The guest stops its queue: what was taken ends, what filters hold after `drain_ms` is
+    /// cancelled. The answer comes when all has ended.
+    pub fn stop(&mut self, drain_ms: u64) -> Receiver<Option<Box<dyn RequestQueue>>> {
+        let (reply, stopped) = sync_channel(1);
+        self.command(Command::Stop { drain_ms, reply });
+        stopped
+    }
+
+    /// Serves a queue, after the last one was stopped.
+    pub fn start(&mut self, queue: Box<dyn RequestQueue>) {
+        self.command(Command::Start(queue));
+    }
+
+    fn command(&mut self, command: Command) {
+        self.commands.send(command).expect("the engine lives");
+    }
+
+    /// Requests on their walk, parts and issued ones included.
+    pub fn in_flight(&self) -> usize {
+        self.engine.flights.len() + self.engine.wholes.len()
+    }
+
+    /// How requests of the guest ended since the last look.
     pub fn ended(&mut self) -> Vec<Status> {
         std::iter::from_fn(|| self.client.wait(Duration::ZERO)).map(|(_, status)| status).collect()
     }
@@ -318,9 +405,10 @@ impl World {
     /// What the filter host of a slot is sent next; it must be there.
     pub fn sent(&mut self, host: usize) -> Submission {
         self.settle();
-        self.hosts[host].next().expect("a submission")
+        self.hosts[host].take().expect("a submission")
     }
 
+    /// What was counted: the requests, the filters, the store.
     pub fn hops(&self) -> Vec<HopSnapshot> {
         PageReader::open(&self.page_path).unwrap().snapshot()
     }
@@ -335,6 +423,7 @@ impl World {
         assert_eq!(now, vec![0; now.len()], "nobody is anywhere");
     }
 
+    /// Whether the engine wants the host of a slot killed.
     pub fn gave_up(&self, host: usize) -> bool {
         self.given_up.lock().unwrap().iter().any(|(given, _)| *given == host)
     }
