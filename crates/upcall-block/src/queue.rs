@@ -19,6 +19,9 @@ pub struct RequestFlags {
     pub fua: bool,
     /// Write zeroes: the space may be given back.
     pub unmap: bool,
+    /// It may have been carried out before, wholly or in part: it was taken by a worker
+    /// that died before it ended.
+    pub retry: bool,
 }
 
 /// One request of a guest or client. Its range is checked against the disk; its

@@ -186,7 +186,7 @@ mod tests {
     fn run(store: &dyn Store, op: Op, at: u64, length: u64, data: Buffers, unmap: bool) {
         let mut queue = store.open_queue().unwrap();
         let range = Range::new(at, length, store.info()).unwrap();
-        let flags = RequestFlags { fua: false, unmap };
+        let flags = RequestFlags { unmap, ..RequestFlags::default() };
         queue.submit(StoreIo { token: StoreToken(3), op, range, flags, data });
         assert_eq!((queue.in_flight(), queue.before_sleep()), (1, false));
         let mut done = Vec::new();

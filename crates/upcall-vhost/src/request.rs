@@ -136,7 +136,8 @@ impl Parser<'_> {
             return None;
         }
         debug_assert_eq!(data.len() as u64, length);
-        let flags = RequestFlags { fua: self.write_through && op == Op::Write, unmap: false };
+        let flags =
+            RequestFlags { fua: self.write_through && op == Op::Write, ..RequestFlags::default() };
         Some(Body::Request { op, range, flags, data })
     }
 
@@ -184,7 +185,11 @@ impl Parser<'_> {
         if range.length() == 0 {
             return Some(Body::OK);
         }
-        let flags = RequestFlags { fua: self.write_through, unmap: flags & SEGMENT_UNMAP != 0 };
+        let flags = RequestFlags {
+            fua: self.write_through,
+            unmap: flags & SEGMENT_UNMAP != 0,
+            ..RequestFlags::default()
+        };
         Some(Body::Request { op, range, flags, data: Buffers::new() })
     }
 

@@ -189,7 +189,8 @@ impl Engine {
 fn raw_flags(flags: RequestFlags) -> u16 {
     let fua = if flags.fua { request_flag::FUA } else { 0 };
     let unmap = if flags.unmap { request_flag::UNMAP } else { 0 };
-    fua | unmap
+    let retry = if flags.retry { request_flag::RETRY } else { 0 };
+    fua | unmap | retry
 }
 
 /// 0 or a negative errno, as on the rings.

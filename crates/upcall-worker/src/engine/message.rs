@@ -96,6 +96,7 @@ fn issue(entry: &Completion) -> Result<Issue, Malformed> {
         flags: RequestFlags {
             fua: entry.flags & request_flag::FUA != 0,
             unmap: entry.flags & request_flag::UNMAP != 0,
+            retry: false,
         },
         offset: entry.offset,
         length: entry.length,

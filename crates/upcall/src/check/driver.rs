@@ -108,7 +108,7 @@ impl Driver {
             let Ok(range) = Range::new(planned.offset, planned.length.into(), &self.info) else {
                 unreachable!("{planned:?} is not on the disk");
             };
-            let flags = RequestFlags { fua: planned.fua, unmap: planned.unmap };
+            let flags = RequestFlags { fua: planned.fua, unmap: planned.unmap, retry: false };
             let data = self.prepare(planned);
             waiting.insert(self.client.submit(planned.op, range, flags, data), index);
         }

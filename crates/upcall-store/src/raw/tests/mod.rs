@@ -21,9 +21,9 @@ use super::target::Target;
 use super::{Engine, RawOptions, RawStore, sleep_on};
 
 const ENGINES: [Engine; 2] = [Engine::IoUring, Engine::Threads];
-const FUA: RequestFlags = RequestFlags { fua: true, unmap: false };
-const UNMAP: RequestFlags = RequestFlags { fua: false, unmap: true };
-const PLAIN: RequestFlags = RequestFlags { fua: false, unmap: false };
+const FUA: RequestFlags = RequestFlags { fua: true, unmap: false, retry: false };
+const UNMAP: RequestFlags = RequestFlags { fua: false, unmap: true, retry: false };
+const PLAIN: RequestFlags = RequestFlags { fua: false, unmap: false, retry: false };
 
 /// A directory that goes with its content.
 struct TempDir(PathBuf);

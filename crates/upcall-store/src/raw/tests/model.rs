@@ -49,7 +49,11 @@ fn compare_with_an_array(engine: Engine, direct: bool) {
             let (offset, length) = range(&mut random, lane, block);
             let op = Op::ALL[random.below(5)];
             let here = offset..offset + length;
-            let flags = RequestFlags { fua: random.below(8) == 0, unmap: random.below(2) == 0 };
+            let flags = RequestFlags {
+                fua: random.below(8) == 0,
+                unmap: random.below(2) == 0,
+                retry: false,
+            };
             let (data, length) = match op {
                 Op::Read | Op::Write => (pieces(&mut random, &memory, lane, length), length),
                 Op::Flush => (Buffers::new(), 0),

@@ -94,13 +94,16 @@ fn requests_issued_for_issued_ones_never_wait_for_room_that_those_take_up() {
 fn parts_of_written_zeroes_do_not_ask_for_space_to_be_given_back() {
     let (making, keeper) = Making::new(vec![changer()]);
     let mut world = World::new(making);
-    let flags = RequestFlags { fua: true, unmap: true };
+    let flags = RequestFlags { fua: true, unmap: true, retry: false };
     world.submit_flags(Op::WriteZeroes, 0, PAGE, 0, flags);
     let start = world.sent(0);
     assert_eq!((start.op, start.flags), (Op::Write as u8, upcall_abi::filter::request_flag::FUA));
     world.hosts[0].answer(&start, verdict::PASS);
     world.settle();
-    assert_eq!(keeper.0.lock().unwrap().ios[0].flags, RequestFlags { fua: true, unmap: false });
+    assert_eq!(
+        keeper.0.lock().unwrap().ios[0].flags,
+        RequestFlags { fua: true, ..RequestFlags::default() }
+    );
     keeper.complete(Ok(()));
     world.settle();
     assert_eq!(world.ended(), [Ok(())]);
@@ -170,4 +173,16 @@ fn a_read_that_fails_leaves_the_guests_memory_as_it_was() {
     assert_eq!(world.ended(), [Err(Errno::EIO)]);
     assert_eq!(world.guest.read_array(0), Some([7; PAGE as usize]));
     world.assert_empty();
+}
+
+#[test]
+fn a_filter_is_told_that_a_request_may_have_been_carried_out_before() {
+    let (making, _keeper) = Making::new(vec![observer()]);
+    let mut world = World::new(making);
+    let flags = RequestFlags { retry: true, ..RequestFlags::default() };
+    world.submit_flags(Op::Write, 0, PAGE, 0, flags);
+    let start = world.sent(0);
+    assert_eq!(start.flags, upcall_abi::filter::request_flag::RETRY);
+    world.hosts[0].answer(&start, verdict::PASS);
+    world.settle();
 }
