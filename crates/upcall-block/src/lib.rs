@@ -15,4 +15,4 @@ pub use limits::{DATA_LENGTH_MAX, DiskInfo, LENGTH_MAX, Range, RangeError};
 pub use op::{Op, OpSet};
 pub use queue::{QueueError, Request, RequestFlags, RequestQueue, Tag};
 pub use status::{Errno, Status};
-pub use store::{Store, StoreDone, StoreIo, StoreQueue, StoreToken};
+pub use store::{Allocation, Extent, Store, StoreDone, StoreIo, StoreQueue, StoreToken};

@@ -36,6 +36,26 @@ pub struct StoreDone {
     pub status: Status,
 }
 
+/// What a stretch of a disk is, as far as its store knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Anything.
+    Data,
+    /// Takes space and reads as zeroes.
+    Zero,
+    /// Takes no space and reads as zeroes.
+    Hole,
+}
+
+/// A stretch of a disk that is all of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes; not 0, a multiple of the disk's block size.
+    pub length: u64,
+    /// What it is.
+    pub allocation: Allocation,
+}
+
 /// An opened store. Shared by the queue threads of a disk.
 ///
 /// A flush that failed is never followed by a success: after it, writes, write-zeroes,
@@ -52,6 +72,18 @@ pub trait Store: Send + Sync {
 
     /// Makes everything durable that completed before; blocks. For an orderly end.
     fn sync(&self) -> Status;
+
+    /// What the `length` bytes from `offset` on are: extents in a row that begin at `offset`.
+    /// At least one and `max` at the most, and not more than `length` bytes; all that is left
+    /// unsaid is for another call. The range is whole blocks of the disk, and not empty.
+    /// May block, so it is not for queue threads.
+    ///
+    /// Writes that have completed are seen; of those in flight nothing is promised. A store
+    /// that knows nothing says data.
+    fn extents(&self, offset: u64, length: u64, max: usize) -> io::Result<Vec<Extent>> {
+        let _ = (offset, max);
+        Ok(vec![Extent { length, allocation: Allocation::Data }])
+    }
 }
 
 /// One thread's way to a store. Completions come in any order. Requests that overlap and

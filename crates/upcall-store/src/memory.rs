@@ -5,7 +5,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
-use upcall_block::{DiskInfo, Errno, Op, OpSet, Status, Store, StoreDone, StoreIo, StoreQueue};
+use upcall_block::{
+    Allocation, DiskInfo, Errno, Extent, Op, OpSet, Status, Store, StoreDone, StoreIo, StoreQueue,
+};
 use upcall_ring::{Access, Buffers, Mapping, memfd};
 
 use crate::OpenError;
@@ -74,6 +76,10 @@ impl Store for MemoryStore {
     fn sync(&self) -> Status {
         Ok(())
     }
+
+    fn extents(&self, offset: u64, length: u64, max: usize) -> io::Result<Vec<Extent>> {
+        crate::raw::find_extents(&self.memory.fd, &self.info, offset, length, max)
+    }
 }
 
 impl Store for NullStore {
@@ -97,6 +103,10 @@ impl Store for NullStore {
 
     fn sync(&self) -> Status {
         Ok(())
+    }
+
+    fn extents(&self, _offset: u64, length: u64, _max: usize) -> io::Result<Vec<Extent>> {
+        Ok(vec![Extent { length, allocation: Allocation::Hole }])
     }
 }
 

@@ -6,6 +6,7 @@
 //! through one [`flusher`], which alone decides that a store has failed.
 
 mod aligned;
+mod extents;
 mod flusher;
 mod inbox;
 mod job;
@@ -27,9 +28,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::FileType;
-use upcall_block::{DiskInfo, Status, Store, StoreQueue};
+use upcall_block::{DiskInfo, Extent, Status, Store, StoreQueue};
 
 use crate::OpenError;
+pub(crate) use crate::raw::extents::find as find_extents;
 use crate::raw::flusher::Flusher;
 use crate::raw::shared::Shared;
 use crate::raw::target::Target;
@@ -268,6 +270,11 @@ impl Store for RawStore {
 
     fn sync(&self) -> Status {
         self.shared.sync()
+    }
+
+    /// As the file system knows it; a device says data.
+    fn extents(&self, offset: u64, length: u64, max: usize) -> io::Result<Vec<Extent>> {
+        extents::find(&self.shared.file, &self.shared.info, offset, length, max)
     }
 }
 
