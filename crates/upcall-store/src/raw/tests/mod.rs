@@ -3,6 +3,7 @@
 mod devices;
 mod faults;
 mod model;
+mod nth;
 mod opening;
 mod waiting;
 
