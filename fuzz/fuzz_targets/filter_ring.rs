@@ -2,4 +2,6 @@
 //! their rings and over the whole channel, while a guest's requests are in flight.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| upcall_worker::play_hostile_hosts(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    upcall_worker::play_hostile_hosts(input);
+});
