@@ -99,6 +99,24 @@ pub struct ServeArgs {
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 2000)]
     pub drain_ms: u64,
 
+    /// Start the worker anew whenever it dies
+    ///
+    /// The disks are then served by a process of its own, the worker, which this one watches. When
+    /// it dies (a crash, kill -9, out of memory), it is started again with the same sockets and the
+    /// same configuration, and QEMU reconnects to it. A worker that does not start the first time,
+    /// or that ends by itself in order, ends this program with its exit code. When this program
+    /// dies, the worker ends in order.
+    #[arg(long)]
+    pub restart: bool,
+
+    /// With --restart: the longest pause before a worker that dies again and again is started
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000)]
+    pub restart_pause_ms: u64,
+
+    /// This is the worker of a --restart, which is on its standard input.
+    #[arg(long, hide = true)]
+    pub supervised: bool,
+
     /// The least important messages to show
     #[arg(long, value_enum, default_value_t = Level::Info)]
     pub log_level: Level,

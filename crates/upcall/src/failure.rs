@@ -10,6 +10,8 @@ pub enum Failure {
     Said(String),
     /// Standard output is closed, as by `| head`: nothing went wrong.
     OutputClosed,
+    /// A process of ours ended with this exit code, and has said why itself.
+    AlreadySaid(u8),
 }
 
 impl Failure {
@@ -37,6 +39,7 @@ impl fmt::Display for Failure {
         match self {
             Failure::Said(text) => f.write_str(text),
             Failure::OutputClosed => f.write_str("standard output is closed"),
+            Failure::AlreadySaid(code) => write!(f, "ended with exit code {code}"),
         }
     }
 }

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) if failure.is_closed_output() => ExitCode::SUCCESS,
+        Err(Failure::AlreadySaid(code)) => ExitCode::from(code),
         Err(failure) => {
             eprintln!("upcall: error: {failure}");
             ExitCode::FAILURE

@@ -15,11 +15,15 @@ struct File {
     disk: Vec<DiskSpec>,
 }
 
-/// Reads and checks the file; errors name it, the line and the key.
-pub fn read(path: &Path) -> Result<Vec<DiskSpec>, Failure> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| Failure::new(format_args!("configuration {}: {error}", path.display())))?;
-    parse(&text)
+/// Reads the file.
+pub fn read(path: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path)
+        .map_err(|error| Failure::new(format_args!("configuration {}: {error}", path.display())))
+}
+
+/// Checks `text`, which was read from `path`; errors name it, the line and the key.
+pub fn disks(path: &Path, text: &str) -> Result<Vec<DiskSpec>, Failure> {
+    parse(text)
         .map_err(|what| Failure::new(format_args!("configuration {}: {what}", path.display())))
 }
 

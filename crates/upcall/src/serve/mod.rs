@@ -1,25 +1,32 @@
-//! `upcall serve`: one worker in the foreground.
+//! `upcall serve`: the disks of one VM, in the foreground.
 //!
 //! What is asked for comes as [`DiskSpec`]s, from flags ([`crate::words`]) or a file
 //! ([`mod@file`]); [`plan`] makes a worker's configuration of them; [`offer`] says what is served
-//! and how a hypervisor takes it.
+//! and how a hypervisor takes it. The worker runs in this process, or, with `--restart`, in a
+//! child that a [`supervisor`] watches and starts anew.
 
 mod file;
+mod handover;
 mod log;
 mod offer;
 mod plan;
 mod sockets;
 mod spec;
 mod stats;
+mod supervisor;
 mod value;
 
 pub use spec::{DiskSpec, FilterOnDisk};
 pub use stats::runtime_folder;
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 
-use upcall_worker::{LogLevel, Worker, WorkerConfig};
+use rustix::process::Pid;
+use upcall_worker::{LogLevel, SocketSource, Worker, WorkerConfig};
 
+use self::handover::{Orders, ToSupervisor};
+use self::plan::{Plan, Socket};
 use crate::cli::ServeArgs;
 use crate::failure::Failure;
 use crate::output::print;
@@ -30,16 +37,62 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // First of all, so that a signal during the start is not lost.
     let shutdown = Shutdown::watch()
         .map_err(|error| Failure::new(format_args!("cannot watch signals: {error}")))?;
-    let mut disks = match &args.config {
-        Some(path) => file::read(path)?,
-        None => Vec::new(),
-    };
-    disks.extend(args.disk);
-    for filter in args.filter {
-        filter.join(&mut disks)?;
+    if args.supervised {
+        let (orders, supervisor) = handover::take()?;
+        return serve(args, &shutdown, Some((orders, supervisor)));
     }
-    let plan = plan::make(disks)?;
-    let stats = stats::place(args.stats, &plan.places)?;
+    if args.restart {
+        return supervise(args, &shutdown);
+    }
+    serve(args, &shutdown, None)
+}
+
+/// All disks that are asked for. `config`: the text of the file at `args.config`.
+fn disks(args: &ServeArgs, config: Option<&str>) -> Result<Vec<DiskSpec>, Failure> {
+    let mut disks = match (&args.config, config) {
+        (Some(path), Some(text)) => file::disks(path, text)?,
+        _ => Vec::new(),
+    };
+    disks.extend(args.disk.iter().cloned());
+    for filter in &args.filter {
+        filter.clone().join(&mut disks)?;
+    }
+    Ok(disks)
+}
+
+fn read_config(args: &ServeArgs) -> Result<Option<String>, Failure> {
+    args.config.as_deref().map(file::read).transpose()
+}
+
+/// Runs the worker in this process.
+fn serve(
+    args: ServeArgs,
+    shutdown: &Shutdown,
+    supervised: Option<(Orders, ToSupervisor)>,
+) -> Result<(), Failure> {
+    let (plan, stats, supervisor) = match supervised {
+        None => {
+            let disks = disks(&args, read_config(&args)?.as_deref())?;
+            let sockets = plan::sockets(&disks)?;
+            let plan = plan::make(disks, sockets);
+            let stats = place_stats(&args, &plan, rustix::process::getpid())?;
+            (plan, stats, None)
+        }
+        Some((orders, supervisor)) => {
+            let disks = disks(&args, orders.config.as_deref())?;
+            let mut sockets: Vec<Socket> = disks.iter().map(|_| None).collect();
+            for (place, fd) in orders.sockets {
+                let path = sockets::bound_path(&fd);
+                if let Some(socket) = sockets.get_mut(place) {
+                    *socket = Some((SocketSource::Fd(fd), path));
+                }
+            }
+            let plan = plan::make(disks, sockets);
+            let owner = rustix::process::getppid().unwrap_or(Pid::INIT);
+            let stats = place_stats(&args, &plan, owner)?;
+            (plan, stats, Some(supervisor))
+        }
+    };
     let log = log::sink(args.log_level);
     let config = WorkerConfig {
         disks: plan.disks,
@@ -48,11 +101,27 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         log: log.clone(),
     };
     let worker = Worker::start(config).map_err(Failure::new)?;
-    // Who does not read what is offered is served all the same.
-    let _ = print(&offer::describe(&worker.disks(), &plan.places, &stats));
-    let _ = print("ready\n");
+    let mut offer = offer::describe(&worker.disks(), &plan.places, &stats);
+    offer.push_str("ready\n");
+    match supervisor {
+        Some(supervisor) => supervisor.say_serving(&offer),
+        // Who does not read what is offered is served all the same.
+        None => drop(print(&offer)),
+    }
     worker.wait(shutdown.as_fd());
     log(LogLevel::Info, &format!("{}: ending in order", shutdown.cause()));
     let report = worker.shutdown();
     if report.failures.is_empty() { Ok(()) } else { Err(Failure::new(report.failures.join("; "))) }
+}
+
+fn place_stats(args: &ServeArgs, plan: &Plan, owner: Pid) -> Result<PathBuf, Failure> {
+    stats::place(args.stats.clone(), &plan.places, owner)
+}
+
+/// Watches a worker in a process of its own.
+fn supervise(args: ServeArgs, shutdown: &Shutdown) -> Result<(), Failure> {
+    let config = read_config(&args)?;
+    let disks = disks(&args, config.as_deref())?;
+    let sockets = plan::sockets(&disks)?;
+    supervisor::run(&args, shutdown, sockets, config)
 }

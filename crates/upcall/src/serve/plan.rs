@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use upcall_worker::{DiskConfig, Engine, FrontendConfig, Placement, SlotConfig, StoreConfig};
+use upcall_worker::{
+    DiskConfig, Engine, FrontendConfig, Placement, SlotConfig, SocketSource, StoreConfig,
+};
 
 use super::sockets::{self, HandedOver};
 use super::spec::{DiskSpec, FilterSpec};
@@ -31,30 +33,41 @@ pub enum Place {
     Granted,
 }
 
-/// Plans for all disks.
-pub fn make(specs: Vec<DiskSpec>) -> Result<Plan, Failure> {
-    let granted: Vec<String> = specs
-        .iter()
-        .flat_map(|disk| &disk.filter)
-        .flat_map(|filter| filter.grant.clone())
-        .collect();
+/// Where a disk is listened on, and at which path, if that can be known. None: nowhere, it is
+/// there for filters alone.
+pub type Socket = Option<(SocketSource, Option<PathBuf>)>;
+
+/// Where each disk is listened on.
+pub fn sockets(specs: &[DiskSpec]) -> Result<Vec<Socket>, Failure> {
+    let granted: Vec<&String> =
+        specs.iter().flat_map(|disk| &disk.filter).flat_map(|filter| &filter.grant).collect();
     let is_free = |disk: &DiskSpec| disk.socket.is_none() && disk.fd.is_none();
-    let is_granted = |disk: &DiskSpec| is_free(disk) && granted.contains(&disk.name);
+    let is_granted = |disk: &DiskSpec| is_free(disk) && granted.contains(&&disk.name);
     let wants: Vec<&str> = specs
         .iter()
         .filter(|disk| is_free(disk) && !is_granted(disk))
         .map(|disk| disk.name.as_str())
         .collect();
     let mut handed_over = HandedOver::take().share_out(&wants)?.into_iter();
+    let socket = |spec: &DiskSpec| {
+        if is_granted(spec) {
+            return Ok(None);
+        }
+        let inherited = if is_free(spec) { handed_over.next().flatten() } else { None };
+        sockets::of(spec, inherited).map(Some)
+    };
+    specs.iter().map(socket).collect()
+}
+
+/// Plans for all disks, `sockets` in their order.
+pub fn make(specs: Vec<DiskSpec>, sockets: Vec<Socket>) -> Plan {
     let (mut disks, mut places) = (Vec::new(), Vec::new());
-    for spec in specs {
-        if is_granted(&spec) {
+    for (spec, socket) in specs.into_iter().zip(sockets) {
+        let Some((socket, path)) = socket else {
             places.push(Place::Granted);
             disks.push(disk_of(spec, None, 0));
             continue;
-        }
-        let inherited = if is_free(&spec) { handed_over.next().flatten() } else { None };
-        let (socket, path) = sockets::of(&spec, inherited)?;
+        };
         let frontend = FrontendConfig {
             socket,
             queue_size: spec.queue_size.map_or(QUEUE_SIZE, |given| given.0),
@@ -64,7 +77,7 @@ pub fn make(specs: Vec<DiskSpec>) -> Result<Plan, Failure> {
         places.push(path.map_or(Place::Inherited, Place::Path));
         disks.push(disk_of(spec, Some(frontend), QUEUES));
     }
-    Ok(Plan { disks, places })
+    Plan { disks, places }
 }
 
 fn disk_of(spec: DiskSpec, frontend: Option<FrontendConfig>, queues: u16) -> DiskConfig {
@@ -115,7 +128,12 @@ mod tests {
     use super::*;
 
     fn plan(words: &[&str]) -> Plan {
-        make(words.iter().map(|words| DiskSpec::from_words(words).unwrap()).collect()).unwrap()
+        planned(words.iter().map(|words| DiskSpec::from_words(words).unwrap()).collect())
+    }
+
+    fn planned(disks: Vec<DiskSpec>) -> Plan {
+        let sockets = sockets(&disks).unwrap();
+        make(disks, sockets)
     }
 
     #[test]
@@ -138,11 +156,11 @@ mod tests {
         let filter = super::super::FilterOnDisk::from_words("disk=a,file=f.so,grant=b").unwrap();
         filter.join(&mut disks).unwrap();
         let mut with_socket = disks.clone();
-        let plan = make(disks).unwrap();
+        let plan = planned(disks);
         assert_eq!(plan.places[1], Place::Granted);
         assert!(plan.disks[1].frontend.is_none() && plan.disks[1].queues == 0);
         with_socket[1].socket = Some("b.sock".into());
-        let plan = make(with_socket).unwrap();
+        let plan = planned(with_socket);
         assert_eq!(plan.places[1], Place::Path("b.sock".into()));
         assert!(plan.disks[1].frontend.is_some() && plan.disks[1].queues == 4);
     }

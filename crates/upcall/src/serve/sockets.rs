@@ -65,7 +65,8 @@ pub fn of(
     Ok((SocketSource::Fd(fd), path))
 }
 
-fn bound_path(fd: &OwnedFd) -> Option<PathBuf> {
+/// The path that a socket is bound to.
+pub fn bound_path(fd: &OwnedFd) -> Option<PathBuf> {
     let address: SocketAddrUnix = rustix::net::getsockname(fd).ok()?.try_into().ok()?;
     let path = address.path()?.into_owned();
     Some(PathBuf::from(std::ffi::OsString::from(path.into_string().ok()?)))

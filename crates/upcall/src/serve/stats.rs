@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::process::Pid;
 use upcall_stats::PageReader;
 
 use super::plan::Place;
 use crate::failure::Failure;
 
-/// The path that was given, or one beside the first socket. What is there and is no page of
-/// counters is never replaced.
-pub fn place(given: Option<PathBuf>, disks: &[Place]) -> Result<PathBuf, Failure> {
-    let path = given.unwrap_or_else(|| usual(disks));
+/// The path that was given, or one beside the first socket, or one named after the process
+/// `owner`. What is there and is no page of counters is never replaced.
+pub fn place(given: Option<PathBuf>, disks: &[Place], owner: Pid) -> Result<PathBuf, Failure> {
+    let path = given.unwrap_or_else(|| usual(disks, owner));
     if path.symlink_metadata().is_ok() && PageReader::open(&path).is_err() {
         return Err(Failure::new(format_args!(
             "{}: exists and is no page of counters, so it is not replaced; \
@@ -21,7 +22,7 @@ pub fn place(given: Option<PathBuf>, disks: &[Place]) -> Result<PathBuf, Failure
     Ok(path)
 }
 
-fn usual(disks: &[Place]) -> PathBuf {
+fn usual(disks: &[Place], owner: Pid) -> PathBuf {
     let sockets = disks.iter().filter_map(|place| match place {
         Place::Path(path) => Some(path),
         Place::Inherited | Place::Granted => None,
@@ -32,7 +33,7 @@ fn usual(disks: &[Place]) -> PathBuf {
             name.push(".stats");
             name.into()
         }
-        None => runtime_folder().join(format!("upcall-{}.stats", std::process::id())),
+        None => runtime_folder().join(format!("upcall-{}.stats", owner.as_raw_pid())),
     }
 }
 
@@ -52,13 +53,13 @@ mod tests {
     #[test]
     fn the_usual_place_is_beside_the_first_socket() {
         let disks = [Place::Granted, Place::Path("/run/a.sock".into()), Place::Inherited];
-        assert_eq!(usual(&disks), Path::new("/run/a.sock.stats"));
-        assert_eq!(usual(&[Place::Inherited]).parent(), Some(&*runtime_folder()));
+        assert_eq!(usual(&disks, Pid::INIT), Path::new("/run/a.sock.stats"));
+        assert_eq!(usual(&[Place::Inherited], Pid::INIT).parent(), Some(&*runtime_folder()));
     }
 
     #[test]
     fn what_is_no_page_is_not_replaced() {
-        let said = place(Some("/etc/passwd".into()), &[]).unwrap_err().to_string();
+        let said = place(Some("/etc/passwd".into()), &[], Pid::INIT).unwrap_err().to_string();
         assert!(said.contains("/etc/passwd") && said.contains("--stats"), "{said}");
     }
 }
