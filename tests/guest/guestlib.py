@@ -212,13 +212,17 @@ class Guest:
         cpus = cpus or env("RIG_CPUS", "2")
         machine = machine or env("RIG_MACHINE", "pc")
         accel = env("RIG_ACCEL", "tcg,thread=multi")
+        # For a machine that can have but one processor TCG leaves out memory barriers and
+        # atomic instructions. The other side of a virtqueue is another processor all the
+        # same: now and then a doorbell is not rung, and the guest waits for ever.
+        smp = f"{cpus},maxcpus={max(int(cpus), 2)}"
         kernel_arguments = " ".join([
             "console=ttyS0", "quiet", "panic=-1", "oops=panic", "nokaslr", "mitigations=off",
             "random.trust_cpu=on", "audit=0", append, env("RIG_APPEND", "")]).strip()
 
         command = shlex.split(env("RIG_QEMU", "qemu-system-x86_64")) + [
             "-name", "guest-rig", "-nodefaults", "-no-user-config", "-display", "none",
-            *([] if reboot else ["-no-reboot"]), "-accel", accel, "-cpu", env("RIG_CPU", "max"), "-smp", str(cpus),
+            *([] if reboot else ["-no-reboot"]), "-accel", accel, "-cpu", env("RIG_CPU", "max"), "-smp", smp,
             # vhost-user peers map the guest's memory: it has to be shared.
             "-machine", f"{machine},memory-backend=mem", "-m", memory,
             "-object", f"memory-backend-memfd,id=mem,size={memory},share=on",

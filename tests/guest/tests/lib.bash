@@ -14,6 +14,12 @@ finish() {
     local status=$?
     trap - EXIT
     if [ -n "$server" ]; then
+        if [ "$status" != 0 ]; then
+            echo "--- where requests are now, and two seconds later"
+            "$bin/upcall" top --once "$scratch/serve.stats" || true
+            sleep 2
+            "$bin/upcall" top --once "$scratch/serve.stats" || true
+        fi
         kill -KILL "$server" 2>/dev/null || true
     fi
     if [ "$status" != 0 ]; then
@@ -38,7 +44,7 @@ rust_filter() { echo "$bin/libupcall_$1.so"; }
 # serve ARGUMENT...: starts `upcall serve` and waits until it is ready.
 serve() {
     : >"$scratch/serve.out"
-    "$bin/upcall" serve "$@" >"$scratch/serve.out" 2>>"$scratch/serve.err" &
+    "$bin/upcall" serve --stats "$scratch/serve.stats" "$@" >"$scratch/serve.out" 2>>"$scratch/serve.err" &
     server=$!
     local i
     for ((i = 0; i < 300; i++)); do
