@@ -7,7 +7,7 @@
 //! * [`Arena`]: hands out the pages of a mapping.
 //! * [`ring`]: how entries cross shared memory; [`channel`]: the two rings between a worker
 //!   and a filter host.
-//! * [`Doorbell`]: an eventfd. [`Waiter`]: when to poll, to yield, to sleep.
+//! * [`Doorbell`]: an eventfd. [`Inbox`]: completions for a thread that may sleep. [`Waiter`]: when to poll, to yield, to sleep.
 //!
 //! Rules of the game: whatever is read here may have been written by an enemy and may
 //! change between two reads. Nothing in this crate keeps a reference into shared memory
@@ -20,6 +20,7 @@ mod buffers;
 #[cfg(not(loom))]
 pub mod channel;
 mod doorbell;
+mod inbox;
 mod mapping;
 mod pages;
 pub mod ring;
@@ -29,5 +30,6 @@ mod wait;
 pub use arena::{Arena, ArenaSlice, PAGE_SIZE};
 pub use buffers::{Buffers, Segment};
 pub use doorbell::Doorbell;
+pub use inbox::Inbox;
 pub use mapping::{Access, Mapping, memfd, read_only_view};
 pub use wait::{Turn, WaitLimits, Waiter};

@@ -10,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 
 use upcall_block::{StoreDone, StoreToken};
 
-use crate::raw::inbox::Inbox;
+use crate::raw::Inbox;
 use crate::raw::shared::Shared;
 
 /// Owns the thread, which ends with it.

@@ -8,7 +8,6 @@
 mod aligned;
 mod extents;
 mod flusher;
-mod inbox;
 mod job;
 mod lock;
 mod shared;
@@ -37,6 +36,9 @@ use crate::raw::shared::Shared;
 use crate::raw::target::Target;
 use crate::raw::threads::ThreadsQueue;
 use crate::raw::uring::UringQueue;
+
+/// Where completions of a queue arrive from other threads.
+pub(crate) type Inbox = upcall_ring::Inbox<upcall_block::StoreDone>;
 
 /// Called once, with what happened, when a store's flush fails; from any thread. It must not
 /// block for long and not call the store's `sync`. See [`RawStore::failure`].

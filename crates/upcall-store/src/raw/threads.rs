@@ -8,8 +8,8 @@ use std::thread::{Builder, JoinHandle};
 
 use upcall_block::{StoreDone, StoreIo, StoreQueue};
 
+use crate::raw::Inbox;
 use crate::raw::flusher::Flusher;
-use crate::raw::inbox::Inbox;
 use crate::raw::job::{Job, Next, Pieces, Step};
 use crate::raw::shared::Shared;
 use crate::raw::sleep_on;

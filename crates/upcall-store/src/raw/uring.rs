@@ -18,8 +18,8 @@ use io_uring::types::Fixed;
 use io_uring::{IoUring, Probe, opcode, squeue};
 use upcall_block::{StoreDone, StoreIo, StoreQueue};
 
+use crate::raw::Inbox;
 use crate::raw::flusher::Flusher;
-use crate::raw::inbox::Inbox;
 use crate::raw::job::{Job, Next, Pieces, Step};
 use crate::raw::shared::Shared;
 use crate::raw::sleep_on;

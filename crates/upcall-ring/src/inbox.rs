@@ -1,26 +1,29 @@
 //! Completions on their way from other threads to a queue's thread.
+//!
+//! Always true: what was pushed is taken exactly once, and a reader that went to sleep by
+//! [`Inbox::before_sleep`] is woken by what is pushed later.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use upcall_block::StoreDone;
-use upcall_ring::Doorbell;
+use crate::Doorbell;
 
 /// Filled by any thread, emptied by one. Deliveries ring the doorbell only for a reader that
 /// said that it sleeps; others who share the doorbell (a ring) may ring it at any time.
 #[derive(Debug)]
-pub(crate) struct Inbox {
-    done: Mutex<Vec<StoreDone>>,
+pub struct Inbox<T> {
+    done: Mutex<Vec<T>>,
     has_some: AtomicBool,
     is_asleep: AtomicBool,
     doorbell: Doorbell,
 }
 
-impl Inbox {
-    pub fn new() -> std::io::Result<Inbox> {
+impl<T> Inbox<T> {
+    /// An empty one.
+    pub fn new() -> std::io::Result<Inbox<T>> {
         Ok(Inbox {
-            done: Mutex::default(),
+            done: Mutex::new(vec![]),
             has_some: AtomicBool::new(false),
             is_asleep: AtomicBool::new(false),
             doorbell: Doorbell::new()?,
@@ -28,7 +31,7 @@ impl Inbox {
     }
 
     /// Any thread: delivers.
-    pub fn push(&self, done: StoreDone) {
+    pub fn push(&self, done: T) {
         self.lock().push(done);
         // Both sides write one flag, then read the other's (SeqCst): so either this thread
         // sees the sleeper or the sleeper sees the delivery.
@@ -39,7 +42,7 @@ impl Inbox {
     }
 
     /// The reader: takes everything. Costs one load if there is nothing.
-    pub fn take(&self, out: &mut Vec<StoreDone>) {
+    pub fn take(&self, out: &mut Vec<T>) {
         if self.has_some.load(Ordering::Acquire) {
             let mut done = self.lock();
             self.has_some.store(false, Ordering::Relaxed);
@@ -60,7 +63,7 @@ impl Inbox {
         self.doorbell.as_fd()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<StoreDone>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<T>> {
         self.done.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 }
