@@ -1,0 +1,42 @@
+//! The benchmark: what an up-call and a whole disk cost, beside what users would pick
+//! instead.
+//!
+//! Always true: sides that are compared run interleaved, in several rounds of one run, on
+//! the same machine; a ratio is formed round by round, never between runs; and with each
+//! figure stands how the sides waited and what processor time every process used.
+//!
+//! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone).
+//!   Each is a [`Bench`].
+//! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
+//!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
+//! * What comes out: [`report`].
+//!
+//! Nothing here is part of what is measured.
+#![forbid(unsafe_code)]
+
+pub mod filters;
+pub mod floor;
+pub mod histogram;
+pub mod machine;
+pub mod measure;
+pub mod process;
+pub mod report;
+pub mod upcall;
+
+use measure::{Effort, Section};
+
+/// One benchmark: a name for the command line, and what runs it.
+pub struct Bench {
+    /// As it is given to `scripts/bench`.
+    pub name: &'static str,
+    /// One line for people.
+    pub about: &'static str,
+    /// Runs it. An error says what is missing; the others still run.
+    pub run: fn(&Effort) -> Result<Section, String>,
+}
+
+/// All benchmarks, in the order in which they run.
+pub const ALL: &[Bench] = &[
+    Bench { name: "floor", about: "what this machine can do at best", run: floor::run },
+    Bench { name: "upcall", about: "a filter alone, without a client", run: upcall::run },
+];

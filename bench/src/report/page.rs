@@ -1,0 +1,203 @@
+//! The page for people, in Markdown.
+
+use std::fmt::Write;
+
+use super::{Report, goals};
+use crate::measure::{Metric, Row, Section, Spread, Unit};
+
+// Writing to a String does not fail.
+
+pub fn text(report: &Report, graphs: &[(String, String)]) -> String {
+    let mut text = String::from("# Benchmark\n\n");
+    if report.quick {
+        text += "**A short look (--quick): not to be quoted.**\n\n";
+    }
+    text += "Medians of the rounds, with the smallest and the largest in brackets. Absolute figures are those of this machine; ratios are formed round by round in this run.\n\n";
+    machine(&mut text, report);
+    text += "\n## Goals\n\n";
+    text += &goals::table(report);
+    for (name, error) in &report.failed {
+        let _ = writeln!(text, "\n**{name} did not run:** {error}");
+    }
+    for (name, title) in graphs {
+        let _ = write!(text, "\n![{title}]({name})\n");
+    }
+    for section in &report.sections {
+        section_text(&mut text, section);
+    }
+    text
+}
+
+fn machine(text: &mut String, report: &Report) {
+    let machine = &report.machine;
+    let kind = if machine.virtual_machine { ", a virtual machine" } else { "" };
+    let _ =
+        writeln!(text, "- {}, {} of {} cores{kind}", machine.cpu, machine.cores.0, machine.cores.1);
+    let _ = writeln!(text, "- Linux {}, clock {}", machine.kernel, machine.clock);
+    let _ = writeln!(text, "- load before the run: {}", machine.load);
+    let _ = writeln!(text, "- images on {}", machine.images_on);
+    for (name, version) in &machine.versions {
+        let _ = writeln!(text, "- {name}: {version}");
+    }
+}
+
+fn section_text(text: &mut String, section: &Section) {
+    let _ = write!(text, "\n## {}\n\n", section.name);
+    for line in &section.about {
+        let _ = writeln!(text, "{line}\n");
+    }
+    if section.rows.iter().any(|row| row.metric("rate").is_some()) {
+        loads(text, section);
+    } else {
+        others(text, section);
+    }
+}
+
+/// Of rows with a rate: two tables, the second with what each process used.
+fn loads(text: &mut String, section: &Section) {
+    let reference = section.reference.as_deref();
+    text.push_str("| case | side | per second | p50 | p99 | p99.9 |");
+    text.push_str(
+        &reference.map_or(String::new(), |side| format!(" rate / {side} | cpu / {side} |")),
+    );
+    text.push_str(" cpu per request, all |\n|---|---|---|---|---|---|");
+    text.push_str(if reference.is_some() { "---|---|---|\n" } else { "---|\n" });
+    for row in &section.rows {
+        let _ = write!(text, "| {} | {} |", row.case, row.side);
+        for name in ["rate", "p50", "p99", "p99.9"] {
+            let _ = write!(text, " {} |", row.metric(name).map_or("".into(), figure));
+        }
+        if let Some(reference) = reference {
+            for name in ["rate", "cpu all"] {
+                let ratio =
+                    if row.side == reference { None } else { ratio(section, row, reference, name) };
+                let _ = write!(text, " {} |", ratio.map_or("".into(), times));
+            }
+        }
+        let _ = writeln!(text, " {} |", row.metric("cpu all").map_or("".into(), figure));
+    }
+    if !section.rows.iter().any(|row| row.metric("cpu all").is_some()) {
+        return;
+    }
+    text.push_str("\nFor each request: processor time; sleeps; times that the core went to somebody else (yielded or taken).\n\n");
+    text.push_str("| case | side | how | who used what |\n|---|---|---|---|\n");
+    for row in &section.rows {
+        let _ = writeln!(text, "| {} | {} | {} | {} |", row.case, row.side, row.how, users(row));
+    }
+}
+
+fn users(row: &Row) -> String {
+    let names = row.metrics.iter().filter_map(|metric| metric.name.strip_prefix("cpu "));
+    let users = names.filter(|name| *name != "all").map(|name| {
+        let of = |what: &str| row.median(&format!("{what} {name}")).unwrap_or(0.0);
+        format!(
+            "{name} {}; {}; {}",
+            amount(of("cpu"), Unit::Nanoseconds),
+            amount(of("sleeps"), Unit::PerRequest),
+            amount(of("switches"), Unit::PerRequest)
+        )
+    });
+    users.collect::<Vec<_>>().join("<br>")
+}
+
+/// Of rows with figures of all kinds.
+fn others(text: &mut String, section: &Section) {
+    text.push_str("| case | side | figures | how |\n|---|---|---|---|\n");
+    for row in &section.rows {
+        let figures: Vec<String> = row
+            .metrics
+            .iter()
+            .map(|metric| format!("{} {}", metric.name, figure(metric)))
+            .collect();
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} |",
+            row.case,
+            row.side,
+            figures.join("<br>"),
+            row.how
+        );
+    }
+}
+
+/// A figure's ratio to that of the same case at another side.
+pub fn ratio(section: &Section, row: &Row, reference: &str, name: &str) -> Option<Spread> {
+    let theirs = section.find(&row.case, reference)?.metric(name)?;
+    Spread::of_ratios(row.metric(name)?, theirs)
+}
+
+/// A spread of ratios.
+pub fn times(spread: Spread) -> String {
+    format!("{:.2} ({:.2}..{:.2})", spread.median, spread.low, spread.high)
+}
+
+/// A figure with its spread.
+pub fn figure(metric: &Metric) -> String {
+    let spread = metric.spread();
+    let middle = amount(spread.median, metric.unit);
+    if metric.samples.len() < 2 {
+        return middle;
+    }
+    format!("{middle} ({}..{})", amount(spread.low, metric.unit), amount(spread.high, metric.unit))
+}
+
+/// A number as people read it.
+pub fn amount(value: f64, unit: Unit) -> String {
+    let scaled = |value: f64, steps: &[(f64, &str)]| {
+        let step = steps.iter().find(|(size, _)| value >= *size).or(steps.last());
+        let (size, word) = step.copied().unwrap_or((1.0, ""));
+        let value = value / size;
+        let digits = if value >= 100.0 {
+            0
+        } else if value >= 10.0 {
+            1
+        } else {
+            2
+        };
+        format!("{value:.digits$}{word}")
+    };
+    match unit {
+        Unit::Nanoseconds => {
+            scaled(value, &[(1e9, " s"), (1e6, " ms"), (1e3, " µs"), (1.0, " ns")])
+        }
+        Unit::PerSecond => scaled(value, &[(1e6, " M/s"), (1e3, " k/s"), (1.0, " /s")]),
+        Unit::PerRequest | Unit::Cores => format!("{value:.3}"),
+        Unit::Kibibytes => scaled(value, &[(1024.0, " MiB"), (1.0, " KiB")]),
+        Unit::Count => format!("{value:.0}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_are_as_people_write_them() {
+        assert_eq!(amount(111.4, Unit::Nanoseconds), "111 ns");
+        assert_eq!(amount(4_100.0, Unit::Nanoseconds), "4.10 µs");
+        assert_eq!(amount(0.0, Unit::Nanoseconds), "0.00 ns");
+        assert_eq!(amount(7.9e6, Unit::PerSecond), "7.90 M/s");
+        assert_eq!(amount(6144.0, Unit::Kibibytes), "6.00 MiB");
+    }
+
+    #[test]
+    fn a_section_shows_each_side_with_its_ratio_to_the_reference() {
+        let mut section = Section::new("path", &["About it."]);
+        section.reference = Some("peer".into());
+        for (side, rates) in [("ours", [30.0, 44.0]), ("peer", [10.0, 11.0])] {
+            let row = section.row("read", side, "a core each");
+            rates.iter().for_each(|rate| row.push("rate", Unit::PerSecond, *rate));
+            row.push("cpu all", Unit::Nanoseconds, 50.0);
+        }
+        let mut text = String::new();
+        section_text(&mut text, &section);
+        assert!(text.contains("| read | ours | 37.0 /s (30.0 /s..44.0 /s) |"), "{text}");
+        assert!(text.contains("| 3.50 (3.00..4.00) | 1.00 (1.00..1.00) |"), "{text}");
+        let columns: Vec<usize> = text
+            .lines()
+            .filter(|line| line.starts_with('|'))
+            .map(|line| line.matches('|').count())
+            .collect();
+        assert_eq!(columns, [10, 10, 10, 10, 5, 5, 5, 5]);
+    }
+}
