@@ -61,8 +61,15 @@ pub struct Extent {
 /// A flush that failed is never followed by a success: after it, writes, write-zeroes,
 /// discards and flushes fail with EIO, in all queues, until the store is opened anew.
 pub trait Store: Send + Sync {
-    /// What the disk is. Does not change while the store is open.
+    /// What the disk is, as it was opened. Does not change while the store is open.
     fn info(&self) -> &DiskInfo;
+
+    /// Looks again how large it is, in bytes: somebody may have made it larger or smaller. A
+    /// multiple of the block size; where the size of a store never changes, that of
+    /// [`info`](Self::info). Requests up to there can be made, whatever `info` says.
+    fn measure(&self) -> io::Result<u64> {
+        Ok(self.info().capacity)
+    }
 
     /// For messages: what kind of store, and of what.
     fn describe(&self) -> String;

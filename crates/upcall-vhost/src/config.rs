@@ -1,12 +1,14 @@
 //! What the guest is told about its disk: configuration space and feature bits.
 //!
-//! Checked when it is made; only the write cache setting changes later. Shared by all
-//! connections and queues of a disk.
+//! Checked when it is made; only the write cache setting and the capacity change later, and
+//! the capacity only grows. Shared by all connections and queues of a disk.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use upcall_block::{DATA_LENGTH_MAX, DiskInfo, LENGTH_MAX, Op};
+use upcall_block::{DATA_LENGTH_MAX, DiskInfo, LENGTH_MAX, Op, Range, RangeError};
 
+use crate::channel::BackendChannel;
 use crate::virtio::*;
 
 /// Bytes of the configuration space that have a meaning; what follows reads as zero.
@@ -73,11 +75,15 @@ pub enum ConfigError {
 /// A disk as its guest sees it.
 #[derive(Debug)]
 pub struct BlkConfig {
+    /// As it was at first: its capacity is below.
     info: DiskInfo,
+    capacity: AtomicU64,
     queues: u16,
     queue_size_max: u16,
     serial: [u8; ID_SIZE],
     write_cache: AtomicBool,
+    /// Ways to the frontends that are connected.
+    channels: Mutex<Vec<Weak<BackendChannel>>>,
 }
 
 impl BlkConfig {
@@ -107,12 +113,50 @@ impl BlkConfig {
         let mut id = [0; ID_SIZE];
         id[..serial.len()].copy_from_slice(serial.as_bytes());
         let write_cache = AtomicBool::new(write_cache);
-        Ok(BlkConfig { info, queues, queue_size_max, serial: id, write_cache })
+        Ok(BlkConfig {
+            capacity: capacity.into(),
+            info,
+            queues,
+            queue_size_max,
+            serial: id,
+            write_cache,
+            channels: Mutex::default(),
+        })
     }
 
-    /// The disk.
+    /// The disk, as it was at first: its capacity may be [larger](Self::capacity) by now.
     pub fn info(&self) -> &DiskInfo {
         &self.info
+    }
+
+    /// Bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Acquire)
+    }
+
+    /// The disk has `capacity` bytes from now on, and can do requests up to there already;
+    /// whoever is connected is told. Whole blocks; false if it is not more than before: then
+    /// nothing changes. From any thread; does not block.
+    pub fn grow(&self, capacity: u64) -> bool {
+        assert!(capacity.is_multiple_of(self.info.block_size.into()), "whole blocks");
+        if self.capacity.fetch_max(capacity, Ordering::AcqRel) >= capacity {
+            return false;
+        }
+        let channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        channels.iter().filter_map(Weak::upgrade).for_each(|channel| channel.say_config_change());
+        true
+    }
+
+    /// Tells `channel` of changes for as long as it lives.
+    pub(crate) fn add_channel(&self, channel: &Arc<BackendChannel>) {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        channels.retain(|channel| channel.strong_count() > 0);
+        channels.push(Arc::downgrade(channel));
+    }
+
+    /// Checks a range of bytes against the disk as it is now.
+    pub(crate) fn range(&self, offset: u64, length: u64) -> Result<Range, RangeError> {
+        Range::new(offset, length, &DiskInfo { capacity: self.capacity(), ..self.info.clone() })
     }
 
     /// How many rings are offered.
@@ -188,8 +232,8 @@ impl BlkConfig {
 
     /// `struct virtio_blk_config`, little endian.
     fn space(&self) -> [u8; SPACE_SIZE] {
-        let DiskInfo { capacity, block_size, physical_block_size, .. } = self.info;
-        let sectors = capacity / SECTOR_SIZE;
+        let DiskInfo { block_size, physical_block_size, .. } = self.info;
+        let sectors = self.capacity() / SECTOR_SIZE;
         let (heads, track) = (16u8, 63u8);
         let cylinders = (sectors / (u64::from(heads) * u64::from(track))).min(16383) as u16;
         let segments = SEGMENTS_MAX.min(self.queue_size_max - 2);
@@ -218,5 +262,47 @@ impl BlkConfig {
         put(52, &1u32.to_le_bytes());
         put(56, &[1]);
         space
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use upcall_block::OpSet;
+
+    fn config(capacity: u64) -> BlkConfig {
+        let info = DiskInfo {
+            capacity,
+            block_size: 512,
+            physical_block_size: 4096,
+            read_only: false,
+            ops: OpSet::ALL,
+            discard_granularity: 4096,
+        };
+        BlkConfig::new(info, BlkOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn a_disk_grows_in_what_is_told_and_in_what_is_served_and_never_shrinks() {
+        let config = config(1 << 20);
+        let told = |config: &BlkConfig| config.read_space(0, 8);
+        assert_eq!(config.range(1 << 20, 512), Err(RangeError::PastEnd));
+        assert!(config.grow(2 << 20));
+        assert_eq!(told(&config), 4096u64.to_le_bytes());
+        assert!(config.range((2 << 20) - 512, 512).is_ok());
+        assert_eq!(config.range(2 << 20, 512), Err(RangeError::PastEnd));
+        for capacity in [2 << 20, 1 << 20, 0] {
+            assert!(!config.grow(capacity));
+            assert_eq!(config.capacity(), 2 << 20);
+        }
+    }
+
+    #[test]
+    fn channels_of_frontends_that_are_gone_are_forgotten() {
+        let config = config(1 << 20);
+        for _ in 0..1000 {
+            config.add_channel(&Arc::new(BackendChannel::default()));
+        }
+        assert_eq!(config.channels.lock().unwrap().len(), 1);
     }
 }

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use vhost::vhost_user::BackendReqHandler;
 
+use crate::channel;
 use crate::config::BlkConfig;
 use crate::device::{Device, QueueHost, Refusal};
 
@@ -25,6 +26,8 @@ const MESSAGE_POLL: Duration = Duration::from_millis(1);
 const MESSAGE_HEADER_SIZE: usize = 12;
 /// Longest body; the `vhost` crate refuses others.
 const MESSAGE_BODY_MAX: usize = 4096;
+/// VHOST_USER_SET_BACKEND_REQ_FD.
+const SET_BACKEND_REQ_FD: u32 = 21;
 
 /// How a connection ended in good order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +84,10 @@ pub fn serve_connection(
                 device.lock().unwrap_or_else(PoisonError::into_inner).shut_down();
             }
             return Ok(ended);
+        }
+        if next_request(&watched) == Some(SET_BACKEND_REQ_FD) {
+            let channel = channel::peek_descriptor(&watched);
+            device.lock().unwrap_or_else(PoisonError::into_inner).offer_channel(channel);
         }
         if let Err(error) = handler.handle_request() {
             let refusal = device.lock().unwrap_or_else(PoisonError::into_inner).take_refusal();
@@ -144,6 +151,14 @@ fn look_for_message(stream: &UnixStream) -> Result<Seen, ConnectionError> {
     let there = rustix::io::ioctl_fionread(stream)?;
     let whole = there >= (MESSAGE_HEADER_SIZE + body) as u64;
     Ok(if whole { Seen::Whole } else { Seen::Part })
+}
+
+/// Which message is next, once one is there.
+fn next_request(stream: &UnixStream) -> Option<u32> {
+    let mut request = [0; 4];
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    let (length, _) = rustix::net::recv(stream, &mut request, flags).ok()?;
+    (length == request.len()).then(|| u32::from_le_bytes(request))
 }
 
 fn hung_up(stream: &UnixStream) -> Result<bool, ConnectionError> {

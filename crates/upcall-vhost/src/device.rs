@@ -20,8 +20,9 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, VhostUserBackendReqHandlerMut};
 
+use crate::channel::BackendChannel;
 use crate::config::BlkConfig;
 use crate::memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region, RegionAddress};
 use crate::queue::{Shared, Signals, Stopped, VirtQueue};
@@ -104,6 +105,10 @@ pub(crate) struct Device<'a> {
     refusal: Option<Refusal>,
     /// We end the connection, not the frontend.
     shut_down: bool,
+    /// Where the frontend hears of changes.
+    channel: Arc<BackendChannel>,
+    /// The descriptor that came with a message about to be handled.
+    offered_channel: Option<OwnedFd>,
 }
 
 type Answer<T = ()> = Result<T, Refusal>;
@@ -111,13 +116,29 @@ type Answer<T = ()> = Result<T, Refusal>;
 impl<'a> Device<'a> {
     pub fn new(config: Arc<BlkConfig>, host: &'a mut dyn QueueHost) -> Device<'a> {
         let rings = (0..config.queues()).map(|_| Ring::default()).collect();
+        let channel = Arc::new(BackendChannel::default());
+        config.add_channel(&channel);
         let shared = Shared::new(config);
-        Device { host, shared, rings, features: 0, refusal: None, shut_down: false }
+        Device {
+            host,
+            shared,
+            rings,
+            features: 0,
+            refusal: None,
+            shut_down: false,
+            channel,
+            offered_channel: None,
+        }
     }
 
     /// Why the last message was refused, if it was us who did.
     pub fn take_refusal(&mut self) -> Option<Refusal> {
         self.refusal.take()
+    }
+
+    /// What comes with the next message, which sets the channel.
+    pub fn offer_channel(&mut self, fd: Option<OwnedFd>) {
+        self.offered_channel = fd;
     }
 
     fn config(&self) -> &Arc<BlkConfig> {
@@ -157,6 +178,7 @@ impl<'a> Device<'a> {
     }
 
     fn start_if_ready(&mut self, at: usize) -> Answer {
+        let starts_device = self.rings.iter().all(|ring| !ring.running);
         let ring = &mut self.rings[at];
         // Without protocol features there is no message that enables.
         let enabled = ring.enabled || self.features & PROTOCOL_FEATURES == 0;
@@ -181,6 +203,11 @@ impl<'a> Device<'a> {
         );
         ring.running = true;
         self.host.start(index, queue);
+        if starts_device {
+            // QEMU does not look at the configuration when it reconnects or starts again, and
+            // drops what it is told while the device is stopped.
+            self.channel.say_config_change();
+        }
         Ok(())
     }
 
@@ -297,6 +324,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
@@ -452,6 +480,13 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
 
     fn reset_device(&mut self) -> Result<(), Error> {
         self.not_offered("RESET_DEVICE")
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        // The crate's sender does not know the one message that we send.
+        if let Some(fd) = self.offered_channel.take() {
+            self.channel.set(fd);
+        }
     }
 
     fn set_gpu_socket(&mut self, _socket: GpuBackend) -> Result<(), Error> {

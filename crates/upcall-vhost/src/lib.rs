@@ -14,6 +14,7 @@
 //! | `chain` | from a head index to checked pieces of memory |
 //! | `request` | from pieces of memory to a block request |
 //! | `queue` | the above, as a [`RequestQueue`](upcall_block::RequestQueue) |
+//! | `channel` | what we may say to the frontend unasked: its configuration changed |
 //! | `device` | the protocol's state: features, memory, which rings run |
 //! | `connection` | one connection from its start to its end |
 //! | `listener`, `activation` | where connections come from |
@@ -26,6 +27,7 @@
 
 pub mod activation;
 mod chain;
+mod channel;
 mod config;
 mod connection;
 mod device;

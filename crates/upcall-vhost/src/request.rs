@@ -105,7 +105,7 @@ impl Parser<'_> {
 
     /// The range of `length` bytes at `sector`.
     fn range(&self, sector: u64, length: u64) -> Option<Range> {
-        Range::new(sector.checked_mul(SECTOR_SIZE)?, length, self.config.info()).ok()
+        self.config.range(sector.checked_mul(SECTOR_SIZE)?, length).ok()
     }
 
     fn read_or_write(

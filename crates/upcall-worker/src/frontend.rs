@@ -23,6 +23,7 @@ pub(crate) struct Frontend {
     ending: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     socket: Option<PathBuf>,
+    config: Arc<BlkConfig>,
 }
 
 impl Frontend {
@@ -36,7 +37,8 @@ impl Frontend {
     ) -> std::io::Result<Frontend> {
         let shutdown = Doorbell::new()?;
         let socket = listener.path().map(Path::to_owned);
-        let accepting = Accepting { disk, listener, config, shutdown: shutdown.clone(), log };
+        let accepting =
+            Accepting { disk, listener, config: config.clone(), shutdown: shutdown.clone(), log };
         let ending = Arc::new(AtomicBool::new(false));
         let stopping = engines.iter().map(|_| None).collect();
         let started = vec![false; engines.len()];
@@ -44,12 +46,17 @@ impl Frontend {
         let name = format!("vhost-{}", accepting.disk);
         let thread =
             std::thread::Builder::new().name(name).spawn(move || accepting.run(&mut queues))?;
-        Ok(Frontend { shutdown, ending, thread: Some(thread), socket })
+        Ok(Frontend { shutdown, ending, thread: Some(thread), socket, config })
     }
 
     /// Where it listens, if it made the socket.
     pub(crate) fn socket(&self) -> Option<&Path> {
         self.socket.as_deref()
+    }
+
+    /// The disk as its guest sees it.
+    pub(crate) fn config(&self) -> &BlkConfig {
+        &self.config
     }
 
     /// Begins to end it; returns at once.

@@ -13,6 +13,7 @@ mod direct;
 mod engine;
 mod error;
 mod frontend;
+mod grow;
 mod hosts;
 mod start;
 mod worker;
@@ -23,7 +24,7 @@ pub use config::{
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
-pub use worker::{DiskSummary, ExitReport, Worker};
+pub use worker::{DiskSummary, ExitReport, Wake, Worker};
 
 #[cfg(feature = "sim")]
 #[doc(hidden)]

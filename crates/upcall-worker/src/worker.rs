@@ -78,6 +78,14 @@ pub struct DiskSummary {
     pub socket: Option<PathBuf>,
 }
 
+/// What [`Worker::wait`] came back for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Wake {
+    Shutdown,
+    News,
+}
+
 /// How a worker ended.
 #[derive(Debug, Default)]
 pub struct ExitReport {
@@ -119,10 +127,23 @@ impl Worker {
         StoppingQueue::begin(engine, self.drain_ms).wait()
     }
 
-    /// Waits until `shutdown` is readable.
-    pub fn wait(&self, shutdown: BorrowedFd<'_>) {
-        let mut fds = [PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
+    /// Looks again how large each disk's store is. Where it has grown, the disk grows and its
+    /// guest is told; what stands against it, or a store that has shrunk, is said in the log.
+    /// From any thread; does not wait for the guest.
+    pub fn look_again(&self) {
+        for disk in &self.disks {
+            if let Some((level, text)) = crate::grow::look_again(disk) {
+                (self.log)(level, &format!("disk {}: {text}", disk.name));
+            }
+        }
+    }
+
+    /// Waits until one of them is readable; `shutdown` counts more.
+    pub fn wait(&self, shutdown: BorrowedFd<'_>, news: BorrowedFd<'_>) -> Wake {
+        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = [watch(shutdown), watch(news)];
         while !matches!(poll(&mut fds, None), Ok(1..)) {}
+        if fds[0].revents().is_empty() { Wake::News } else { Wake::Shutdown }
     }
 
     /// Ends in good order: frontends, requests, filter instances, stores, filter hosts.

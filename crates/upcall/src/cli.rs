@@ -46,6 +46,8 @@ pub enum FilterCommand {
 /// given for it. Prints what each disk offers, its chain, and the arguments for QEMU and
 /// libvirt, then a line `ready`. SIGTERM and Ctrl-C end it in order: frontends, requests in
 /// flight, filters, a last flush. A second signal ends it at once.
+/// SIGHUP: a raw file or device that has become larger is looked at again; its disk grows, if it
+/// has no filters, and its guest sees it.
 #[derive(Debug, Args)]
 #[command(after_long_help = SERVE_EXAMPLES)]
 pub struct ServeArgs {

@@ -1,4 +1,5 @@
-//! SIGTERM and SIGINT: the first asks for an orderly end, a second one ends us at once.
+//! SIGTERM and SIGINT: the first asks for an orderly end, a second one ends us at once. SIGHUP:
+//! look again at what is served.
 //!
 //! A handler instead of a blocked mask and a signalfd, because children inherit a blocked
 //! mask, but never a handler.
@@ -13,6 +14,8 @@ use rustix::event::EventfdFlags;
 static DOORBELL: AtomicI32 = AtomicI32::new(-1);
 /// The first signal that came; 0 for none.
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
+/// As [`DOORBELL`], for SIGHUP.
+static HANGUP_DOORBELL: AtomicI32 = AtomicI32::new(-1);
 
 /// Readable from the moment that the process was asked to end. There is one, for as long as
 /// the process lives.
@@ -54,6 +57,38 @@ impl Drop for Shutdown {
     }
 }
 
+/// Readable when SIGHUP came. There is one, for as long as the process lives.
+pub struct Hangup {
+    doorbell: OwnedFd,
+}
+
+impl Hangup {
+    /// Takes over SIGHUP of the process.
+    pub fn watch() -> io::Result<Hangup> {
+        let doorbell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        HANGUP_DOORBELL.store(doorbell.as_raw_fd(), Ordering::SeqCst);
+        install(libc::SIGHUP)?;
+        Ok(Hangup { doorbell })
+    }
+
+    /// Whether it came since the last call.
+    pub fn take(&self) -> bool {
+        rustix::io::read(&self.doorbell, &mut [0; 8]).is_ok()
+    }
+}
+
+impl AsFd for Hangup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.doorbell.as_fd()
+    }
+}
+
+impl Drop for Hangup {
+    fn drop(&mut self) {
+        HANGUP_DOORBELL.store(-1, Ordering::SeqCst);
+    }
+}
+
 fn install(signal: i32) -> io::Result<()> {
     let handler: extern "C" fn(i32) = handle;
     // SAFETY: all-zero bytes are a valid sigaction: no flags, an empty mask; the handler is
@@ -69,12 +104,17 @@ fn install(signal: i32) -> io::Result<()> {
 }
 
 extern "C" fn handle(signal: i32) {
-    if CAUGHT.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+    let doorbell = if signal == libc::SIGHUP {
+        &HANGUP_DOORBELL
+    } else if CAUGHT.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+        &DOORBELL
+    } else {
         // SAFETY: async-signal-safe, and does not return.
         unsafe { libc::_exit(128 + signal) };
-    }
+    };
     let one = 1u64.to_ne_bytes();
     // SAFETY: async-signal-safe; `one` is 8 readable bytes. It cannot block, and so cannot
-    // fail: nobody else rings. The interrupted code never sees its errno, which is not set.
-    unsafe { libc::write(DOORBELL.load(Ordering::SeqCst), one.as_ptr().cast(), one.len()) };
+    // fail: nobody else rings, and nobody rings 2^64 times. The interrupted code never sees its
+    // errno, which is not set.
+    unsafe { libc::write(doorbell.load(Ordering::SeqCst), one.as_ptr().cast(), one.len()) };
 }

@@ -230,6 +230,12 @@ impl Store for RawStore {
         &self.shared.info
     }
 
+    /// Rounded down to whole blocks.
+    fn measure(&self) -> io::Result<u64> {
+        let bytes = target::size(&self.shared.file)?;
+        Ok(bytes - bytes % u64::from(self.shared.info.block_size))
+    }
+
     /// Path, size, mode, engine, and what is wrong with it if something is.
     fn describe(&self) -> String {
         let (info, options) = (&self.shared.info, &self.options);

@@ -63,12 +63,7 @@ impl Target {
         }
         set_flags(file, options)?;
         let is_device = kind == FileType::BlockDevice;
-        let capacity = if is_device {
-            let end = rustix::fs::seek(file, SeekFrom::End(0));
-            end.map_err(system("find out its size"))?
-        } else {
-            stat.st_size as u64
-        };
+        let capacity = size(file).map_err(system("find out its size"))?;
         if capacity == 0 {
             return Err(OpenError::Empty { name });
         }
@@ -112,6 +107,12 @@ impl Target {
         };
         Ok(Target { info, alignment })
     }
+}
+
+/// Bytes of a regular file or a block device, now.
+pub(crate) fn size(file: &File) -> Result<u64, Raw> {
+    // For both kinds: reads and writes say their place themselves.
+    rustix::fs::seek(file, SeekFrom::End(0))
 }
 
 /// O_DIRECT as asked, and neither O_APPEND (writes would go to the end) nor O_NONBLOCK.

@@ -23,28 +23,28 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use rustix::process::Pid;
-use upcall_worker::{LogLevel, SocketSource, Worker, WorkerConfig};
+use upcall_worker::{LogLevel, SocketSource, Wake, Worker, WorkerConfig};
 
 use self::handover::{Orders, ToSupervisor};
 use self::plan::{Plan, Socket};
 use crate::cli::ServeArgs;
 use crate::failure::Failure;
 use crate::output::print;
-use crate::signals::Shutdown;
+use crate::signals::{Hangup, Shutdown};
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // First of all, so that a signal during the start is not lost.
-    let shutdown = Shutdown::watch()
-        .map_err(|error| Failure::new(format_args!("cannot watch signals: {error}")))?;
+    let failed = |error| Failure::new(format_args!("cannot watch signals: {error}"));
+    let (shutdown, hangup) = (Shutdown::watch().map_err(failed)?, Hangup::watch().map_err(failed)?);
     if args.supervised {
         let (orders, supervisor) = handover::take()?;
-        return serve(args, &shutdown, Some((orders, supervisor)));
+        return serve(args, &shutdown, &hangup, Some((orders, supervisor)));
     }
     if args.restart {
-        return supervise(args, &shutdown);
+        return supervise(args, &shutdown, &hangup);
     }
-    serve(args, &shutdown, None)
+    serve(args, &shutdown, &hangup, None)
 }
 
 /// All disks that are asked for. `config`: the text of the file at `args.config`.
@@ -68,6 +68,7 @@ fn read_config(args: &ServeArgs) -> Result<Option<String>, Failure> {
 fn serve(
     args: ServeArgs,
     shutdown: &Shutdown,
+    hangup: &Hangup,
     supervised: Option<(Orders, ToSupervisor)>,
 ) -> Result<(), Failure> {
     let (plan, stats, supervisor) = match supervised {
@@ -108,7 +109,11 @@ fn serve(
         // Who does not read what is offered is served all the same.
         None => drop(print(&offer)),
     }
-    worker.wait(shutdown.as_fd());
+    while worker.wait(shutdown.as_fd(), hangup.as_fd()) == Wake::News {
+        if hangup.take() {
+            worker.look_again();
+        }
+    }
     log(LogLevel::Info, &format!("{}: ending in order", shutdown.cause()));
     let report = worker.shutdown();
     if report.failures.is_empty() { Ok(()) } else { Err(Failure::new(report.failures.join("; "))) }
@@ -119,9 +124,9 @@ fn place_stats(args: &ServeArgs, plan: &Plan, owner: Pid) -> Result<PathBuf, Fai
 }
 
 /// Watches a worker in a process of its own.
-fn supervise(args: ServeArgs, shutdown: &Shutdown) -> Result<(), Failure> {
+fn supervise(args: ServeArgs, shutdown: &Shutdown, hangup: &Hangup) -> Result<(), Failure> {
     let config = read_config(&args)?;
     let disks = disks(&args, config.as_deref())?;
     let sockets = plan::sockets(&disks)?;
-    supervisor::run(&args, shutdown, sockets, config)
+    supervisor::run(&args, shutdown, hangup, sockets, config)
 }

@@ -33,7 +33,7 @@ use super::{log, stats};
 use crate::cli::ServeArgs;
 use crate::failure::Failure;
 use crate::output::print;
-use crate::signals::Shutdown;
+use crate::signals::{Hangup, Shutdown};
 
 /// How long what a dead worker left behind may take to end.
 const ORPHANS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,6 +50,7 @@ const IN_USE_POLL: Duration = Duration::from_millis(50);
 pub fn run(
     args: &ServeArgs,
     shutdown: &Shutdown,
+    hangup: &Hangup,
     sockets: Vec<Socket>,
     config: Option<String>,
 ) -> Result<(), Failure> {
@@ -70,6 +71,7 @@ pub fn run(
         .map_err(|errno| Failure::new(format_args!("cannot watch a worker: {errno}")))?;
     let supervisor = Supervisor {
         shutdown,
+        hangup,
         listeners,
         config,
         stats,
@@ -95,6 +97,7 @@ fn bind(path: &Path, mode: Option<u32>) -> Result<Listener, ListenError> {
 
 struct Supervisor<'a> {
     shutdown: &'a Shutdown,
+    hangup: &'a Hangup,
     /// With their disks' places.
     listeners: Vec<(usize, Listener)>,
     config: Option<String>,
@@ -171,6 +174,10 @@ impl Supervisor<'_> {
             if !asked {
                 fds.push(PollFd::from_borrowed_fd(self.shutdown.as_fd(), PollFlags::IN));
             }
+            // A worker that starts would die of it; it looks at everything then anyway.
+            if !asked && worker.serving_since.is_some() {
+                fds.push(PollFd::from_borrowed_fd(self.hangup.as_fd(), PollFlags::IN));
+            }
             wait(&mut fds, None)?;
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
             if ready[1] {
@@ -178,6 +185,9 @@ impl Supervisor<'_> {
             }
             if ready[0] {
                 return Ok((worker.child.wait().map_err(system)?, asked));
+            }
+            if ready.get(3) == Some(&true) && self.hangup.take() {
+                let _ = rustix::process::pidfd_send_signal(&worker.pidfd, Signal::HUP);
             }
             if ready.get(2) == Some(&true) {
                 asked = true;
