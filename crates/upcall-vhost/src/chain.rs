@@ -4,11 +4,14 @@
 //! guest's copy does not matter. What comes out: readable pieces, then writable ones, none
 //! of them empty. Where they are in memory is not looked at here, nor what they hold.
 //!
+//! A packed ring has its descriptors one after the other, and so have its indirect tables;
+//! the ring has copied them already.
+//!
 //! Bounded by construction: a ring of 256 gives 256 descriptors at the most, and one
 //! indirect table `INDIRECT_LENGTH_MAX` more.
 
 use crate::memory::GuestMemory;
-use crate::ring::{Descriptor, SplitRing};
+use crate::ring::{Descriptor, PackedDescriptor, PackedRing, Ring, SplitRing};
 use crate::virtio::*;
 
 /// Most descriptors of an indirect table. Guests go beyond their ring's size (Linux takes
@@ -43,6 +46,15 @@ pub struct Piece {
     pub length: u32,
 }
 
+/// How an indirect table is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Table {
+    /// Each descriptor names the next.
+    Linked,
+    /// One after the other.
+    InOrder,
+}
+
 /// A chain. Reused from one to the next, so that reading one needs no allocation.
 #[derive(Debug, Default)]
 pub struct Chain {
@@ -63,28 +75,35 @@ impl Chain {
         &self.pieces[self.readable..]
     }
 
-    /// Reads the chain that begins at `head`, in place of what was here.
+    /// Reads the chain of a request that was taken, in place of what was here.
     pub fn read(
+        &mut self,
+        ring: &Ring,
+        memory: &GuestMemory,
+        slot: u16,
+        indirect: bool,
+    ) -> Result<(), ChainError> {
+        self.pieces.clear();
+        self.readable = 0;
+        match ring {
+            Ring::Split(ring) => self.read_split(ring, memory, slot, indirect),
+            Ring::Packed(ring) => self.read_packed(ring, memory, slot, indirect),
+        }
+    }
+
+    fn read_split(
         &mut self,
         ring: &SplitRing,
         memory: &GuestMemory,
         head: u16,
         indirect: bool,
     ) -> Result<(), ChainError> {
-        self.pieces.clear();
-        self.readable = 0;
         let size = usize::from(ring.size());
         let mut next = head;
         for _ in 0..size {
             let descriptor = ring.descriptor(next).ok_or(ChainError::NextRange { next, size })?;
             if descriptor.is(DESC_INDIRECT) {
-                if !indirect {
-                    return Err(ChainError::IndirectNotNegotiated);
-                }
-                if descriptor.is(DESC_NEXT) {
-                    return Err(ChainError::IndirectNext);
-                }
-                return self.read_indirect(memory, descriptor);
+                return self.read_indirect(memory, descriptor, indirect, Table::Linked);
             }
             self.add(descriptor)?;
             if !descriptor.is(DESC_NEXT) {
@@ -95,11 +114,38 @@ impl Chain {
         Err(ChainError::Loop { size })
     }
 
+    fn read_packed(
+        &mut self,
+        ring: &PackedRing,
+        memory: &GuestMemory,
+        slot: u16,
+        indirect: bool,
+    ) -> Result<(), ChainError> {
+        for descriptor in ring.descriptors(slot) {
+            let PackedDescriptor { address, length, flags, .. } = descriptor;
+            let descriptor = Descriptor { address, length, flags, next: 0 };
+            if descriptor.is(DESC_INDIRECT) {
+                return self.read_indirect(memory, descriptor, indirect, Table::InOrder);
+            }
+            self.add(descriptor)?;
+        }
+        Ok(())
+    }
+
     fn read_indirect(
         &mut self,
         memory: &GuestMemory,
-        Descriptor { address, length, .. }: Descriptor,
+        descriptor: Descriptor,
+        negotiated: bool,
+        kind: Table,
     ) -> Result<(), ChainError> {
+        if !negotiated {
+            return Err(ChainError::IndirectNotNegotiated);
+        }
+        if descriptor.is(DESC_NEXT) {
+            return Err(ChainError::IndirectNext);
+        }
+        let Descriptor { address, length, .. } = descriptor;
         let size = length as usize / DESC_SIZE;
         if !(length as usize).is_multiple_of(DESC_SIZE)
             || !(1..=INDIRECT_LENGTH_MAX).contains(&size)
@@ -109,6 +155,7 @@ impl Chain {
         let mut table = std::mem::take(&mut self.table);
         table.resize(length as usize, 0);
         let result = match memory.read(address, &mut table) {
+            Some(()) if kind == Table::InOrder => self.walk_in_order(&table),
             Some(()) => self.walk(&table, size),
             None => Err(ChainError::IndirectOutside { address }),
         };
@@ -133,6 +180,15 @@ impl Chain {
             next = descriptor.next;
         }
         Err(ChainError::Loop { size })
+    }
+
+    /// Follows the indirect table of a packed ring: all of it, whatever else flags say.
+    fn walk_in_order(&mut self, table: &[u8]) -> Result<(), ChainError> {
+        let (table, _) = table.as_chunks::<DESC_SIZE>();
+        table.iter().try_for_each(|bytes| {
+            let PackedDescriptor { address, length, flags, .. } = PackedDescriptor::parse(*bytes);
+            self.add(Descriptor { address, length, flags: flags & DESC_WRITE, next: 0 })
+        })
     }
 
     fn add(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {

@@ -195,6 +195,7 @@ impl BlkConfig {
             | BLK_MQ
             | RING_INDIRECT_DESC
             | RING_EVENT_IDX
+            | RING_PACKED
             | PROTOCOL_FEATURES
             | VERSION_1;
         let ops = self.info.ops;

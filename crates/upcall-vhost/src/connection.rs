@@ -51,6 +51,12 @@ pub enum ConnectionError {
     /// Half a message came, and nothing more, or the connection ended there.
     #[error("the frontend stopped in the middle of a message")]
     Stalled,
+    /// Answers that the frontend does not read fill the socket.
+    #[error(
+        "the frontend has read no answer for {} s",
+        MESSAGE_TIMEOUT.as_secs()
+    )]
+    Unread,
     /// The socket failed.
     #[error("socket: {0}")]
     Socket(#[from] std::io::Error),
@@ -102,7 +108,7 @@ fn wait_for_message(
     stream: &UnixStream,
     shutdown: BorrowedFd<'_>,
 ) -> Result<Option<Ended>, ConnectionError> {
-    if wait(stream, PollFlags::IN, shutdown)? {
+    if wait_until(stream, PollFlags::IN, shutdown, None)? == Waited::ShutDown {
         return Ok(Some(Ended::ShutDown));
     }
     let deadline = Instant::now() + MESSAGE_TIMEOUT;
@@ -119,8 +125,11 @@ fn wait_for_message(
             Seen::Part => {}
         }
     }
-    let shut_down = wait(stream, PollFlags::OUT, shutdown)?;
-    Ok(shut_down.then_some(Ended::ShutDown))
+    match wait_until(stream, PollFlags::OUT, shutdown, Some(MESSAGE_TIMEOUT))? {
+        Waited::Ready => Ok(None),
+        Waited::ShutDown => Ok(Some(Ended::ShutDown)),
+        Waited::TimedOut => Err(ConnectionError::Unread),
+    }
 }
 
 /// What is in the socket.
@@ -168,15 +177,34 @@ fn hung_up(stream: &UnixStream) -> Result<bool, ConnectionError> {
     Ok(fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
 }
 
-/// Waits until `stream` is ready for `flags` or has ended. True: `shutdown` came first.
-fn wait(
+/// What came first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Waited {
+    Ready,
+    ShutDown,
+    TimedOut,
+}
+
+/// Waits until `stream` is ready for `flags` or has ended.
+fn wait_until(
     stream: &UnixStream,
     flags: PollFlags,
     shutdown: BorrowedFd<'_>,
-) -> Result<bool, ConnectionError> {
+    timeout: Option<Duration>,
+) -> Result<Waited, ConnectionError> {
     let mut fds = [PollFd::new(stream, flags), PollFd::from_borrowed_fd(shutdown, PollFlags::IN)];
-    poll_again(&mut fds, None)?;
-    Ok(!fds[1].revents().is_empty())
+    let timeout = timeout.map(|timeout| Timespec {
+        tv_sec: timeout.as_secs() as i64,
+        tv_nsec: timeout.subsec_nanos().into(),
+    });
+    poll_again(&mut fds, timeout.as_ref())?;
+    Ok(if !fds[1].revents().is_empty() {
+        Waited::ShutDown
+    } else if !fds[0].revents().is_empty() {
+        Waited::Ready
+    } else {
+        Waited::TimedOut
+    })
 }
 
 fn is_ready_within(fd: BorrowedFd<'_>, timeout: Duration) -> Result<bool, ConnectionError> {

@@ -24,9 +24,10 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, VhostUserBackendReqHandlerMu
 
 use crate::channel::BackendChannel;
 use crate::config::BlkConfig;
+use crate::inflight::{Extent, Inflight, InflightError};
 use crate::memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region, RegionAddress};
 use crate::queue::{Shared, Signals, Stopped, VirtQueue};
-use crate::ring::{RingAddress, SplitRing};
+use crate::ring::{self, PackedRing, Position, RingAddress, SplitRing};
 use crate::virtio::*;
 
 /// Who runs the queues: the worker. All calls come from the thread that is in
@@ -45,6 +46,13 @@ pub trait QueueHost {
     /// any more: what is held up may be cancelled. Not called when we end the connection:
     /// then the guest still waits, and what was taken should end well.
     fn disconnected(&mut self) {}
+
+    /// The guest has reset the device, and the frontend is still there; the queues that run
+    /// are stopped next. As in [`disconnected`](Self::disconnected), nobody waits for
+    /// answers.
+    fn reset(&mut self) {
+        self.disconnected();
+    }
 }
 
 /// What the frontend asked for and did not get. Ends the connection.
@@ -73,9 +81,16 @@ pub enum Refusal {
     /// The frontend writes a part of the configuration space that is not to be written.
     #[error("write of {length} bytes at {offset} of the configuration space")]
     ConfigWrite { offset: u32, length: usize },
+    /// A packed ring's position in use: nothing says which requests are in flight. Keep
+    /// the file of GET_INFLIGHT_FD and hand it over.
+    #[error("ring {index} at position {base:#x}, with requests in flight that nobody knows of")]
+    RingUnknown { index: u16, base: u32 },
     /// Memory was not accepted.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// A file for tracking what is in flight was not accepted, or not found fit for a ring.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// A message of a protocol feature that was not offered.
     #[error("{0} was not offered")]
     NotOffered(&'static str),
@@ -86,8 +101,8 @@ pub enum Refusal {
 struct Ring {
     size: Option<u16>,
     address: Option<RingAddress>,
-    /// Where it starts, or was when it stopped.
-    base: u16,
+    /// Where it starts, or was when it stopped; as GET_VRING_BASE says it.
+    base: u32,
     kick: Option<Doorbell>,
     enabled: bool,
     running: bool,
@@ -109,6 +124,8 @@ pub(crate) struct Device<'a> {
     channel: Arc<BackendChannel>,
     /// The descriptor that came with a message about to be handled.
     offered_channel: Option<OwnedFd>,
+    /// Where what is in flight is kept for who comes after us.
+    inflight: Option<Inflight>,
 }
 
 type Answer<T = ()> = Result<T, Refusal>;
@@ -128,6 +145,7 @@ impl<'a> Device<'a> {
             shut_down: false,
             channel,
             offered_channel: None,
+            inflight: None,
         }
     }
 
@@ -167,7 +185,7 @@ impl<'a> Device<'a> {
         let ring = &mut self.rings[at];
         if ring.running {
             ring.running = false;
-            ring.base = self.host.stop(at as u16).next_available();
+            ring.base = self.host.stop(at as u16).position();
         }
     }
 
@@ -190,12 +208,27 @@ impl<'a> Device<'a> {
         }
         let index = at as u16;
         let event_idx = self.features & RING_EVENT_IDX != 0;
+        let packed = self.features & RING_PACKED != 0;
+        let region = match &self.inflight {
+            Some(inflight) => inflight.region(index, size, packed)?,
+            None => None,
+        };
         let (_, memory) = self.shared.memory();
-        let split = SplitRing::new(&memory, address, size, ring.base, event_idx)
+        let found = if packed {
+            let tracked = region.as_ref().is_some_and(Inflight::is_used);
+            let position = packed_position(index, ring.base, size, tracked)?;
+            PackedRing::new(&memory, address, size, position, event_idx).map(ring::Ring::Packed)
+        } else {
+            let base = u16::try_from(ring.base)
+                .map_err(|_| Refusal::RingBase { index: index.into(), base: ring.base })?;
+            SplitRing::new(&memory, address, size, base, event_idx).map(ring::Ring::Split)
+        };
+        let found = found
             .ok_or_else(|| Refusal::RingAddress { index, address: format!("{address:x?}") })?;
         let queue = VirtQueue::new(
             index,
-            split,
+            found,
+            region,
             self.features & RING_INDIRECT_DESC != 0,
             self.shared.clone(),
             ring.signals.clone(),
@@ -209,6 +242,38 @@ impl<'a> Device<'a> {
             self.channel.say_config_change();
         }
         Ok(())
+    }
+
+    /// What a file for tracking is for, as a frontend describes it.
+    fn extent(&self, inflight: &VhostUserInflight) -> Answer<Extent> {
+        let &VhostUserInflight { num_queues, queue_size, .. } = inflight;
+        let config = self.config();
+        let packed = self.features & RING_PACKED != 0;
+        Ok(Extent::new(
+            (num_queues, config.queues()),
+            (queue_size, config.queue_size_max()),
+            packed,
+        )?)
+    }
+
+    /// From now on, what is in flight is kept in `file`, where a worker before us may have
+    /// left something.
+    fn track(&mut self, inflight: &VhostUserInflight, file: &File) -> Answer {
+        let extent = self.extent(inflight)?;
+        let &VhostUserInflight { mmap_offset, mmap_size, .. } = inflight;
+        let inflight = Inflight::map(file, extent, mmap_offset, mmap_size)?;
+        let running = self.running();
+        self.stop_all();
+        if let Some(on) = inflight.write_cache() {
+            self.config().set_write_cache(on);
+        }
+        inflight.set_write_cache(self.config().write_cache());
+        self.inflight = Some(inflight);
+        running.into_iter().try_for_each(|at| self.start_if_ready(at))
+    }
+
+    fn running(&self) -> Vec<usize> {
+        (0..self.rings.len()).filter(|at| self.rings[*at].running).collect()
     }
 
     fn add_region(&mut self, region: &VhostUserMemoryRegion, file: &File) -> Answer {
@@ -233,7 +298,7 @@ impl<'a> Device<'a> {
             return Err(Refusal::Features { features: unknown });
         }
         // Rings have parts of it built in.
-        let running: Vec<_> = (0..self.rings.len()).filter(|at| self.rings[*at].running).collect();
+        let running = self.running();
         if features != self.features {
             self.stop_all();
         }
@@ -252,6 +317,9 @@ impl<'a> Device<'a> {
         // A guest that did not negotiate it may write it all the same: to no effect.
         if self.features & BLK_CONFIG_WCE != 0 {
             self.config().set_write_cache(byte != 0);
+            if let Some(inflight) = &self.inflight {
+                inflight.set_write_cache(byte != 0);
+            }
         }
         Ok(())
     }
@@ -282,6 +350,18 @@ impl Drop for Device<'_> {
         }
         self.stop_all();
     }
+}
+
+/// Where a packed ring starts. `tracked`: its in-flight region knows better.
+fn packed_position(index: u16, base: u32, size: u16, tracked: bool) -> Answer<Position> {
+    let wrong = Refusal::RingBase { index: index.into(), base };
+    let available = Position::parse(base as u16, size).ok_or(wrong)?;
+    let used = (base >> 16) as u16;
+    // Some frontends say one position for both.
+    if !tracked && used != 0 && used != base as u16 {
+        return Err(Refusal::RingUnknown { index, base });
+    }
+    Ok(available)
 }
 
 fn region_address(region: &VhostUserMemoryRegion) -> RegionAddress {
@@ -325,6 +405,8 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
@@ -402,9 +484,11 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<(), Error> {
-        let answer = match u16::try_from(base) {
-            Ok(base) => self.change(index, |ring| ring.base = base),
-            Err(_) => Err(Refusal::RingBase { index, base }),
+        let packed = self.features & RING_PACKED != 0;
+        let answer = if packed || base <= u16::MAX.into() {
+            self.change(index, |ring| ring.base = base)
+        } else {
+            Err(Refusal::RingBase { index, base })
         };
         self.answer(answer)
     }
@@ -415,7 +499,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         self.stop(at);
         // A stopped ring needs a new kick descriptor to start.
         self.rings[at].kick = None;
-        Ok(VhostUserVringState::new(index, self.rings[at].base.into()))
+        Ok(VhostUserVringState::new(index, self.rings[at].base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
@@ -479,7 +563,18 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     }
 
     fn reset_device(&mut self) -> Result<(), Error> {
-        self.not_offered("RESET_DEVICE")
+        self.host.reset();
+        self.stop_all();
+        for ring in &mut self.rings {
+            *ring = Ring::default();
+        }
+        if let Some(inflight) = &self.inflight {
+            inflight.clear();
+        }
+        // That there are protocol features stays negotiated: it says how rings are enabled.
+        self.features &= PROTOCOL_FEATURES;
+        self.shared.set_flush_negotiated(false);
+        Ok(())
     }
 
     fn set_backend_req_fd(&mut self, _backend: Backend) {
@@ -499,13 +594,19 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File), Error> {
-        self.not_offered("INFLIGHT_SHMFD")
+        // Nothing of it is kept here: whoever asks for many has to keep them.
+        let made = self.extent(inflight).and_then(|extent| Ok((extent, extent.make_file()?)));
+        let (extent, file) = self.answer(made)?;
+        let Extent { queues, queue_size, .. } = extent;
+        let told = VhostUserInflight::new(extent.bytes() as u64, 0, queues, queue_size);
+        Ok((told, file.into()))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<(), Error> {
-        self.not_offered("INFLIGHT_SHMFD")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<(), Error> {
+        let answer = self.track(inflight, &file);
+        self.answer(answer)
     }
 
     fn set_device_state_fd(

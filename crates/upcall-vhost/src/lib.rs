@@ -10,7 +10,8 @@
 //! |---|---|
 //! | `config` | what the guest is told: configuration space, features |
 //! | `memory` | where the guest's memory is mapped |
-//! | `ring` | a split virtqueue's three parts, their indices and notifications |
+//! | `ring` | a split or packed virtqueue's parts, their indices and notifications |
+//! | `inflight` | what is in flight, kept for the worker that comes after us |
 //! | `chain` | from a head index to checked pieces of memory |
 //! | `request` | from pieces of memory to a block request |
 //! | `queue` | the above, as a [`RequestQueue`](upcall_block::RequestQueue) |
@@ -18,6 +19,7 @@
 //! | `device` | the protocol's state: features, memory, which rings run |
 //! | `connection` | one connection from its start to its end |
 //! | `listener`, `activation` | where connections come from |
+//! | `crash`, `plant` | for tests: where a worker may die, and bugs that tests must see |
 //!
 //! Always true: nothing of the guest or the hypervisor is believed. Each number is copied
 //! once into private memory, checked, and not read again. What is in flight is known from
@@ -30,9 +32,14 @@ mod chain;
 mod channel;
 mod config;
 mod connection;
+#[cfg_attr(not(any(test, feature = "mock")), allow(dead_code))]
+pub mod crash;
 mod device;
+mod inflight;
 mod listener;
 mod memory;
+#[cfg_attr(not(any(test, feature = "plant")), allow(dead_code))]
+pub mod plant;
 mod queue;
 mod request;
 mod ring;
@@ -44,6 +51,7 @@ pub mod mock;
 pub use config::{BlkConfig, BlkOptions, ConfigError};
 pub use connection::{ConnectionError, Ended, serve_connection};
 pub use device::{QueueHost, Refusal};
+pub use inflight::InflightError;
 pub use listener::{ListenError, Listener};
 pub use memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region};
 pub use queue::{Stopped, VirtQueue};

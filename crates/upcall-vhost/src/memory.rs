@@ -10,8 +10,11 @@
 use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use upcall_ring::{Access, Buffers, Mapping};
+
+use crate::crash;
 
 /// Most regions of a table.
 pub const MEMORY_SLOTS_MAX: usize = 256;
@@ -113,11 +116,83 @@ impl fmt::Debug for Region {
     }
 }
 
-/// A place in a mapping: `length` bytes that are known to be inside.
+/// A place in a writable mapping, which it keeps. Whoever found it made sure that all that
+/// is loaded and stored is inside and aligned; numbers are little endian.
+///
+/// All stores of this crate to memory that outlives the process are here, in the order in
+/// which they are written down: each after those before it.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub mapping: Arc<Mapping>,
     pub offset: usize,
+}
+
+impl Place {
+    pub fn load_u8(&self, at: usize) -> u8 {
+        let byte = self.mapping.read_array::<1>(self.offset + at);
+        debug_assert!(byte.is_some());
+        byte.map_or(0, |[byte]| byte)
+    }
+
+    pub fn load_u16(&self, at: usize, ordering: Ordering) -> u16 {
+        let number = self.mapping.atomic_u16(self.offset + at);
+        debug_assert!(number.is_some());
+        number.map_or(0, |number| u16::from_le(number.load(ordering)))
+    }
+
+    pub fn load_u32(&self, at: usize) -> u32 {
+        let number = self.mapping.atomic_u32(self.offset + at);
+        debug_assert!(number.is_some());
+        number.map_or(0, |number| u32::from_le(number.load(Ordering::Relaxed)))
+    }
+
+    pub fn load_u64(&self, at: usize) -> u64 {
+        let number = self.mapping.atomic_u64(self.offset + at);
+        debug_assert!(number.is_some());
+        number.map_or(0, |number| u64::from_le(number.load(Ordering::Relaxed)))
+    }
+
+    /// `None` if not all of it is inside.
+    pub fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.mapping.read_array(self.offset + at)
+    }
+
+    pub fn store_u8(&self, at: usize, value: u8) {
+        // A copy of one byte is no atomic: keep the stores around it where they are.
+        compiler_fence(Ordering::SeqCst);
+        self.write(at, &[value]);
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    pub fn store_u16(&self, at: usize, value: u16, ordering: Ordering) {
+        crash::point();
+        let stored = self.mapping.store_u16(self.offset + at, value.to_le(), ordering);
+        debug_assert!(stored);
+    }
+
+    pub fn store_u32(&self, at: usize, value: u32) {
+        crash::point();
+        let number = self.mapping.atomic_u32(self.offset + at);
+        debug_assert!(number.is_some());
+        if let Some(number) = number {
+            number.store(value.to_le(), Ordering::Release);
+        }
+    }
+
+    pub fn store_u64(&self, at: usize, value: u64) {
+        crash::point();
+        let number = self.mapping.atomic_u64(self.offset + at);
+        debug_assert!(number.is_some());
+        if let Some(number) = number {
+            number.store(value.to_le(), Ordering::Release);
+        }
+    }
+
+    pub fn write(&self, at: usize, bytes: &[u8]) {
+        crash::point();
+        let written = self.mapping.write(self.offset + at, bytes);
+        debug_assert!(written.is_some());
+    }
 }
 
 /// All memory of a guest.

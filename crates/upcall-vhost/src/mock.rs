@@ -5,6 +5,8 @@
 //! be set one by one. The three kinds of addresses (guest-physical, the hypervisor's, ours)
 //! never coincide here, so that mixing them up is seen. Everything panics on errors.
 
+mod packed;
+
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -19,10 +21,13 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use upcall_block::{DiskInfo, Op, OpSet, Request, RequestQueue, Status};
 use upcall_ring::{Access, Doorbell, Mapping, memfd};
 
+use crate::inflight::{Extent, Inflight};
 use crate::memory::RegionAddress;
 use crate::queue::{Shared, Signals};
-use crate::ring::{RingAddress, SplitRing};
+use crate::ring::{PackedRing, Position, Ring, RingAddress, SplitRing};
 use crate::virtio::*;
+pub use packed::PackedDriver;
+
 use crate::{BlkConfig, BlkOptions, GuestMemory, QueueHost, Region, Stopped, VirtQueue};
 
 /// The guest-physical address of the first byte of a [`Memory`], unless chosen.
@@ -114,6 +119,33 @@ impl Memory {
     pub fn load(&self, at: u64) -> u16 {
         let number = self.mapping.atomic_u16((at - self.base) as usize).expect("inside");
         number.load(Ordering::Acquire)
+    }
+
+    /// Writes a request of three parts somewhere: the chain, where its data is, and where
+    /// its status will be.
+    pub fn request(
+        &self,
+        kind: u32,
+        sector: u64,
+        out: &[u8],
+        in_length: usize,
+    ) -> (Vec<Desc>, u64, u64) {
+        let at = self.allocate(HEADER_SIZE, 1);
+        self.write(at, &header(kind, sector));
+        let data = self.allocate(out.len() + in_length, 1);
+        self.write(data, out);
+        self.write(data + out.len() as u64, &vec![0xee; in_length]);
+        let status = self.allocate(1, 1);
+        self.write(status, &[0xff]);
+        let mut chain = vec![Desc::readable(at, HEADER_SIZE as u32)];
+        if !out.is_empty() {
+            chain.push(Desc::readable(data, out.len() as u32));
+        }
+        if in_length > 0 {
+            chain.push(Desc::writable(data + out.len() as u64, in_length as u32));
+        }
+        chain.push(Desc::writable(status, 1));
+        (chain, data, status)
     }
 
     /// Says whether this address in our process is one of its bytes, as mapped by
@@ -324,23 +356,13 @@ impl Driver {
     /// A request of three descriptors, as Linux makes them: header, data, status. `out`:
     /// data for the device; `in_length`: bytes for the device to fill, of 0xee.
     pub fn submit(&mut self, kind: u32, sector: u64, out: &[u8], in_length: usize) -> Submitted {
+        let (chain, data, status) = self.memory.request(kind, sector, out, in_length);
+        self.submit_request(&chain, data, status)
+    }
+
+    fn submit_request(&mut self, chain: &[Desc], data: u64, status: u64) -> Submitted {
         let head = self.free.pop_front().expect("a free descriptor");
-        let at = self.memory.allocate(HEADER_SIZE, 1);
-        self.memory.write(at, &header(kind, sector));
-        let data = self.memory.allocate(out.len() + in_length, 1);
-        self.memory.write(data, out);
-        self.memory.write(data + out.len() as u64, &vec![0xee; in_length]);
-        let status = self.memory.allocate(1, 1);
-        self.memory.write(status, &[0xff]);
-        let mut chain = vec![Desc::readable(at, HEADER_SIZE as u32)];
-        if !out.is_empty() {
-            chain.push(Desc::readable(data, out.len() as u32));
-        }
-        if in_length > 0 {
-            chain.push(Desc::writable(data + out.len() as u64, in_length as u32));
-        }
-        chain.push(Desc::writable(status, 1));
-        self.submit_chain(head, &chain);
+        self.submit_chain(head, chain);
         Submitted { head, data, status }
     }
 
@@ -367,9 +389,103 @@ impl Driver {
     }
 }
 
+/// What a driver does, whatever the layout of its ring.
+pub trait GuestDriver {
+    /// Makes a request of a chain available that was written by [`Memory::request`], or its
+    /// like, in one indirect descriptor or in as many as it has.
+    fn submit_parts(&mut self, chain: &[Desc], data: u64, status: u64, indirect: bool)
+    -> Submitted;
+
+    /// Makes a request available once more, which no driver may do while it is in flight.
+    fn submit_again(&mut self, submitted: &Submitted);
+
+    /// What the device has shown as used since the last call.
+    fn reap(&mut self) -> Vec<Used>;
+
+    /// Its memory.
+    fn memory(&self) -> &Memory;
+
+    /// The queue on its ring, with indirect descriptors. A device that tracks what is in
+    /// flight finds what was.
+    fn queue(&self, device: &Device) -> VirtQueue;
+}
+
+impl GuestDriver for Driver {
+    fn submit_parts(
+        &mut self,
+        chain: &[Desc],
+        data: u64,
+        status: u64,
+        indirect: bool,
+    ) -> Submitted {
+        if indirect {
+            let table = self.indirect(chain);
+            return self.submit_request(&[table], data, status);
+        }
+        self.submit_request(chain, data, status)
+    }
+
+    fn submit_again(&mut self, submitted: &Submitted) {
+        self.make_available(submitted.head);
+    }
+
+    fn reap(&mut self) -> Vec<Used> {
+        Driver::reap(self)
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn queue(&self, device: &Device) -> VirtQueue {
+        device.queue(self)
+    }
+}
+
+/// A file in which what is in flight is kept for one ring, as the hypervisor has it.
+#[derive(Debug)]
+pub struct InflightFile {
+    extent: Extent,
+    fd: OwnedFd,
+    mapping: Mapping,
+}
+
+impl InflightFile {
+    /// For a ring of `queue_size` entries; nothing is in flight.
+    pub fn new(queue_size: u16, packed: bool) -> InflightFile {
+        let extent = Extent { queues: 1, queue_size, packed };
+        let fd = extent.make_file().expect("memfd");
+        let mapping = Mapping::new(&fd, 0, extent.bytes(), Access::ReadWrite).expect("mapping");
+        InflightFile { extent, fd, mapping }
+    }
+
+    /// Bytes.
+    pub fn length(&self) -> usize {
+        self.mapping.len()
+    }
+
+    /// Stores bytes.
+    pub fn write(&self, at: usize, bytes: &[u8]) {
+        self.mapping.write(at, bytes).expect("inside");
+    }
+
+    /// Loads bytes.
+    pub fn read(&self, at: usize, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.mapping.read(at, &mut bytes).expect("inside");
+        bytes
+    }
+
+    fn map(&self) -> Inflight {
+        let told = self.extent.bytes() as u64;
+        Inflight::map(&self.fd, self.extent, 0, told).expect("what we made")
+    }
+}
+
 /// A device without a socket: makes queues of rings directly.
 #[derive(Debug)]
 pub struct Device {
+    inflight: Option<Inflight>,
     shared: Arc<Shared>,
     signals: Arc<Signals>,
     /// Rung by the device when requests have completed.
@@ -391,7 +507,7 @@ impl Device {
         let fd = |doorbell: &Doorbell| doorbell.as_fd().try_clone_to_owned().expect("dup");
         signals.set_call(Some(fd(&call)));
         signals.set_error(Some(fd(&error)));
-        Device { shared, signals, call, error, kick }
+        Device { inflight: None, shared, signals, call, error, kick }
     }
 
     /// A disk of `capacity` bytes with all operations, in `memory`.
@@ -403,6 +519,11 @@ impl Device {
     /// What the guest is told.
     pub fn config(&self) -> &BlkConfig {
         &self.shared.config
+    }
+
+    /// Keeps what is in flight in `file` from now on, in rings that start.
+    pub fn track(&mut self, file: &InflightFile) {
+        self.inflight = Some(file.map());
     }
 
     /// Replaces the guest's memory under the running queues.
@@ -423,8 +544,34 @@ impl Device {
         let (_, memory) = self.shared.memory();
         let base = driver.memory.load(driver.used + 2);
         let ring = SplitRing::new(&memory, address, driver.size, base, driver.event_idx)?;
+        Some(self.make_queue(Ring::Split(ring), indirect))
+    }
+
+    /// The queue on the driver's packed ring, which goes on at `position` (the index, and
+    /// above it in bit 15 the wrap counter); `None` if the ring is not in memory.
+    pub fn try_packed_queue(
+        &self,
+        driver: &PackedDriver,
+        position: u16,
+        indirect: bool,
+    ) -> Option<VirtQueue> {
+        let [descriptors, available, used] = driver.user_addresses();
+        let address = RingAddress { descriptors, available, used };
+        let (_, memory) = self.shared.memory();
+        let position = Position::parse(position, driver.size())?;
+        let (size, event_idx) = (driver.size(), driver.event_idx());
+        let ring = PackedRing::new(&memory, address, size, position, event_idx)?;
+        Some(self.make_queue(Ring::Packed(ring), indirect))
+    }
+
+    fn make_queue(&self, ring: Ring, indirect: bool) -> VirtQueue {
+        let (packed, size) = (matches!(ring, Ring::Packed(_)), ring.size());
+        let region = self
+            .inflight
+            .as_ref()
+            .and_then(|inflight| inflight.region(0, size, packed).expect("a file for such a ring"));
         let (shared, signals) = (self.shared.clone(), self.signals.clone());
-        Some(VirtQueue::new(0, ring, indirect, shared, signals, self.kick.clone()))
+        VirtQueue::new(0, ring, region, indirect, shared, signals, self.kick.clone())
     }
 
     /// The queue on the driver's ring, with indirect descriptors.

@@ -1,24 +1,28 @@
 //! A virtqueue as a [`RequestQueue`].
 //!
-//! What is in flight is kept by head index in private memory: a head that is in flight is
-//! not taken again, and each is completed once. A guest that breaks the ring's rules loses
+//! What is in flight is kept by slot in private memory: what is in flight is not taken
+//! again, and each is completed once. If the frontend keeps an in-flight region for the
+//! ring, what a worker before us left there comes first, in its order, marked as a retry. A guest that breaks the ring's rules loses
 //! the queue: nothing more is taken, its error descriptor is signalled, and what was taken
 //! before still completes.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
-use upcall_block::{Errno, Op, QueueError, Request, RequestQueue, Status, Tag};
+use upcall_block::{Errno, Op, QueueError, Request, RequestFlags, RequestQueue, Status, Tag};
 use upcall_ring::Doorbell;
 
 use crate::chain::{Chain, ChainError};
 use crate::config::BlkConfig;
+use crate::inflight::RegionError;
 use crate::memory::{GuestMemory, Place};
+use crate::plant::{self, Bug};
 use crate::request::{Body, NoStatus, Parsed, Parser};
-use crate::ring::{RingError, SplitRing};
+use crate::ring::{Ring, RingError};
 use crate::virtio::*;
 
 /// What all queues of a connection share with the thread that serves it.
@@ -143,21 +147,28 @@ enum Broken {
     Chain(#[from] ChainError),
     #[error(transparent)]
     NoStatus(#[from] NoStatus),
-    #[error("descriptor {head} made available while it is in flight")]
-    InFlight { head: u16 },
+    #[error(transparent)]
+    Region(#[from] RegionError),
 }
 
 /// A queue that has ended: proof that everything taken from it was completed. Only
 /// [`VirtQueue::finish`] makes it.
 #[derive(Debug)]
 pub struct Stopped {
-    next_available: u16,
+    position: u32,
 }
 
 impl Stopped {
-    /// Where the ring goes on when it is started again.
+    /// Where the ring goes on when it is started again: its next entry. Of a packed ring, bit
+    /// 15 is the wrap counter.
     pub fn next_available(&self) -> u16 {
-        self.next_available
+        self.position as u16
+    }
+
+    /// The same, as GET_VRING_BASE says it. Of a packed ring, bits 16 to 31 are where the
+    /// next used descriptor will be.
+    pub(crate) fn position(&self) -> u32 {
+        self.position
     }
 }
 
@@ -165,24 +176,29 @@ impl Stopped {
 #[derive(Debug)]
 pub struct VirtQueue {
     index: u16,
-    ring: SplitRing,
+    ring: Ring,
     indirect: bool,
     shared: Arc<Shared>,
     signals: Arc<Signals>,
     kick: Doorbell,
     memory: Arc<GuestMemory>,
     memory_version: u64,
-    /// By head.
+    /// By slot.
     in_flight: Vec<Option<InFlight>>,
     in_flight_count: u16,
+    /// Slots of what a worker before us took, which come first.
+    again: VecDeque<u16>,
     broken: Option<Broken>,
     chain: Chain,
 }
 
 impl VirtQueue {
+    /// `region`: where to keep what is in flight, too. If it makes no sense, the queue is
+    /// broken from its start.
     pub(crate) fn new(
         index: u16,
-        ring: SplitRing,
+        mut ring: Ring,
+        region: Option<Place>,
         indirect: bool,
         shared: Arc<Shared>,
         signals: Arc<Signals>,
@@ -190,6 +206,11 @@ impl VirtQueue {
     ) -> VirtQueue {
         let (memory_version, memory) = shared.memory();
         let in_flight = (0..ring.size()).map(|_| None).collect();
+        let (again, broken) = match region.map(|region| ring.track(region)) {
+            None => (Vec::new(), None),
+            Some(Ok(again)) => (again, None),
+            Some(Err(error)) => (Vec::new(), Some(Broken::Region(error))),
+        };
         let mut queue = VirtQueue {
             index,
             ring,
@@ -201,10 +222,15 @@ impl VirtQueue {
             memory_version,
             in_flight,
             in_flight_count: 0,
-            broken: None,
+            again: again.into(),
+            broken,
             chain: Chain::default(),
         };
-        queue.ring.decline_doorbell();
+        if queue.broken.is_none() {
+            queue.ring.decline_doorbell();
+        } else {
+            Signals::ring(&queue.signals.error);
+        }
         queue
     }
 
@@ -219,15 +245,19 @@ impl VirtQueue {
     }
 
     /// Ends the queue's use: shows all completions, and leaves the ring so that it can be
-    /// started again. Panics if a request is in flight, which would be lost.
+    /// started again. Panics if a request is in flight, which would be lost. What a worker
+    /// before us took and nobody took since stays in the in-flight region.
     pub fn finish(mut self) -> Stopped {
         assert_eq!(self.in_flight_count, 0, "queue {} ended with requests in flight", self.index);
         self.publish();
+        if plant::is(Bug::StopDropsInFlight) {
+            self.ring.forget();
+        }
         if self.broken.is_none() {
             // What comes after us may sleep. An error here is seen by whoever goes on.
             let _ = self.ring.ask_for_doorbell();
         }
-        Stopped { next_available: self.ring.next_available() }
+        Stopped { position: self.ring.position() }
     }
 
     fn break_with(&mut self, broken: Broken) -> QueueError {
@@ -251,22 +281,25 @@ impl VirtQueue {
 
     fn take_some(&mut self, max: usize, out: &mut Vec<Request>) -> Result<(), Broken> {
         self.follow_memory()?;
-        let mut available = self.ring.available()?;
         let room = out.len().saturating_add(max);
+        while out.len() < room
+            && let Some(slot) = self.again.pop_front()
+        {
+            out.extend(self.begin(slot, true)?);
+        }
+        let mut available = self.ring.available()?;
         while available > 0 && out.len() < room {
             available -= 1;
-            out.extend(self.take_one()?);
+            let Some(slot) = self.ring.take()? else { break };
+            out.extend(self.begin(slot, false)?);
         }
         Ok(())
     }
 
-    /// Takes the next chain. `None`: it was answered at once.
-    fn take_one(&mut self) -> Result<Option<Request>, Broken> {
-        let head = self.ring.take_head()?;
-        if self.in_flight[usize::from(head)].is_some() {
-            return Err(Broken::InFlight { head });
-        }
-        self.chain.read(&self.ring, &self.memory, head, self.indirect)?;
+    /// Reads a chain that was taken, now or by a worker before us. `None`: it was answered
+    /// at once.
+    fn begin(&mut self, slot: u16, retry: bool) -> Result<Option<Request>, Broken> {
+        self.chain.read(&self.ring, &self.memory, slot, self.indirect)?;
         let parser = Parser {
             config: &self.shared.config,
             memory: &self.memory,
@@ -275,25 +308,24 @@ impl VirtQueue {
         let Parsed { status, body } = parser.parse(&self.chain)?;
         match body {
             Body::Answer { status: code, written } => {
-                self.put(head, &status, code, written);
+                self.put(slot, &status, code, written);
                 Ok(None)
             }
             Body::Request { op, range, flags, data } => {
                 let data_written = if op == Op::Read { range.length() } else { 0 };
                 let flight = InFlight { status, op, data_written };
-                self.in_flight[usize::from(head)] = Some(flight);
+                self.in_flight[usize::from(slot)] = Some(flight);
                 self.in_flight_count += 1;
-                Ok(Some(Request { tag: Tag(head.into()), op, range, flags, data }))
+                let flags = RequestFlags { retry, ..flags };
+                Ok(Some(Request { tag: Tag(slot.into()), op, range, flags, data }))
             }
         }
     }
 
     /// Writes the status, then the used entry that counts it and the data before it.
-    fn put(&mut self, head: u16, status: &Place, code: u8, written: u32) {
-        // The place was found in a writable mapping, which `status` keeps.
-        let stored = status.mapping.write(status.offset, &[code]);
-        debug_assert!(stored.is_some());
-        self.ring.put_used(head, written + 1);
+    fn put(&mut self, slot: u16, status: &Place, code: u8, written: u32) {
+        status.store_u8(0, code);
+        self.ring.put_used(slot, written + 1);
     }
 }
 
@@ -343,7 +375,7 @@ impl RequestQueue for VirtQueue {
             return true;
         }
         // An error counts as an arrival: the next `take` reports it.
-        self.ring.ask_for_doorbell().is_ok_and(|count| count == 0)
+        self.again.is_empty() && self.ring.ask_for_doorbell().is_ok_and(|count| count == 0)
     }
 
     fn after_sleep(&mut self) {
@@ -354,5 +386,7 @@ impl RequestQueue for VirtQueue {
     }
 }
 
+#[cfg(test)]
+mod recovery;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,7 @@
 pub const RING_INDIRECT_DESC: u64 = 1 << 28;
 pub const RING_EVENT_IDX: u64 = 1 << 29;
 pub const VERSION_1: u64 = 1 << 32;
+pub const RING_PACKED: u64 = 1 << 34;
 /// vhost-user's own feature bit: there are protocol features to negotiate.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
@@ -54,3 +55,14 @@ pub const DESC_SIZE: usize = 16;
 /// Flags of the available and the used ring.
 pub const AVAIL_NO_INTERRUPT: u16 = 1;
 pub const USED_NO_NOTIFY: u16 = 1;
+
+/// More descriptor flags of packed rings: which lap of which side a descriptor belongs to.
+pub const PACKED_AVAIL: u16 = 1 << 7;
+pub const PACKED_USED: u16 = 1 << 15;
+
+/// Flags of the event structures of packed rings.
+pub const EVENT_ENABLE: u16 = 0;
+pub const EVENT_DISABLE: u16 = 1;
+pub const EVENT_POSITION: u16 = 2;
+/// Bytes of an event structure.
+pub const EVENT_SIZE: u64 = 4;

@@ -437,7 +437,7 @@ fn what_is_not_offered_is_refused() {
     type Say = fn(&Client);
     let cases: [(&str, Say); 9] = [
         ("features", |c| c.send_u64(SET_FEATURES, 1 << 26)),
-        ("features", |c| c.send_u64(SET_PROTOCOL_FEATURES, 1 << 12)),
+        ("features", |c| c.send_u64(SET_PROTOCOL_FEATURES, 1 << 16)),
         ("ring 2 of 2", |c| c.send_state(SET_VRING_NUM, 2, 16)),
         ("ring 4294967295 of 2", |c| c.send_state(GET_VRING_BASE, u32::MAX, 0)),
         ("257 entries", |c| c.send_state(SET_VRING_NUM, 0, 257)),

@@ -325,6 +325,7 @@ fn more_data_than_a_request_may_have_is_an_error() {
     let taken = pair.take();
     assert_eq!(taken[0].range.length(), DATA_LENGTH_MAX, "the largest there is");
     pair.queue.complete(taken[0].tag, Ok(()));
+    pair.queue.publish();
     chain.insert(2, Desc::writable(target, 512));
     pair.driver.submit_chain(0, &chain);
     assert!(pair.take().is_empty());
