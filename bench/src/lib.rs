@@ -5,8 +5,8 @@
 //! the same machine; a ratio is formed round by round, never between runs; and with each
 //! figure stands how the sides waited and what processor time every process used.
 //!
-//! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone).
-//!   Each is a [`Bench`].
+//! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone),
+//!   [`path`] (whole disks, beside qemu-storage-daemon). Each is a [`Bench`].
 //! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
 //!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
 //! * What comes out: [`report`].
@@ -19,6 +19,7 @@ pub mod floor;
 pub mod histogram;
 pub mod machine;
 pub mod measure;
+pub mod path;
 pub mod process;
 pub mod report;
 pub mod upcall;
@@ -39,4 +40,5 @@ pub struct Bench {
 pub const ALL: &[Bench] = &[
     Bench { name: "floor", about: "what this machine can do at best", run: floor::run },
     Bench { name: "upcall", about: "a filter alone, without a client", run: upcall::run },
+    Bench { name: "path", about: "whole disks, beside qemu-storage-daemon", run: path::run },
 ];

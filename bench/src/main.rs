@@ -86,7 +86,9 @@ fn run(asked: &Asked) -> Result<(), String> {
     for bench in &asked.benches {
         let start = std::time::Instant::now();
         eprint!("{:10} ", bench.name);
-        match (bench.run)(&asked.effort) {
+        // A server that does not start is reported by a panic of the tests' own code.
+        let result = std::panic::catch_unwind(|| (bench.run)(&asked.effort));
+        match result.unwrap_or_else(|_| Err("it panicked; see above".into())) {
             Ok(section) => {
                 eprintln!("{:3} s", start.elapsed().as_secs());
                 report.sections.push(section);

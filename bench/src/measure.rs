@@ -33,6 +33,10 @@ impl Effort {
     }
 }
 
+/// The name of the client in [`Round::used`]: who sends requests is no part of what is
+/// compared.
+pub const CLIENT: &str = "client";
+
 /// One benchmark's rows.
 #[derive(Clone, Debug, Serialize)]
 pub struct Section {
@@ -113,9 +117,10 @@ impl Row {
         if round.latencies.total() > 0 {
             self.push_latencies(&round.latencies);
         }
-        let mut all_ns = 0.0;
+        let (mut all_ns, mut servers_ns) = (0.0, 0.0);
         for (who, used) in &round.used {
             all_ns += used.cpu_ns as f64;
+            servers_ns += if who == CLIENT { 0.0 } else { used.cpu_ns as f64 };
             self.push(&format!("cpu {who}"), Unit::Nanoseconds, used.cpu_ns as f64 / requests);
             self.push(&format!("sleeps {who}"), Unit::PerRequest, used.sleeps as f64 / requests);
             self.push(
@@ -126,6 +131,7 @@ impl Row {
         }
         if !round.used.is_empty() {
             self.push("cpu all", Unit::Nanoseconds, all_ns / requests);
+            self.push("cpu servers", Unit::Nanoseconds, servers_ns / requests);
         }
         if round.errors > 0 {
             self.push("errors", Unit::Count, round.errors as f64);
@@ -265,7 +271,7 @@ mod tests {
         let round = Round {
             requests: 10,
             elapsed: Duration::from_secs(2),
-            used: vec![("a".into(), used), ("b".into(), used)],
+            used: vec![("a".into(), used), (CLIENT.into(), used)],
             ..Round::default()
         };
         section.row("case", "side", "").push_round(&round);
@@ -273,7 +279,8 @@ mod tests {
         assert_eq!(row.median("rate"), Some(5.0));
         assert_eq!(row.median("cpu a"), Some(100.0));
         assert_eq!(row.median("cpu all"), Some(200.0));
-        assert_eq!(row.median("sleeps b"), Some(0.5));
+        assert_eq!(row.median("cpu servers"), Some(100.0), "the client is not one");
+        assert_eq!(row.median("sleeps client"), Some(0.5));
         assert_eq!(row.median("p50"), None, "no latency was counted");
         assert_eq!(row.median("errors"), None);
     }

@@ -7,7 +7,8 @@ use std::fmt::Write;
 use super::Report;
 use super::page::{amount, times};
 use crate::measure::{Metric, Spread, Unit};
-use crate::{floor, upcall};
+use crate::path::servers::Disk;
+use crate::{floor, path, upcall};
 
 struct Goal {
     what: &'static str,
@@ -49,6 +50,39 @@ const GOALS: &[Goal] = &[
             let rate = metric(report, "upcall", upcall::MANY, upcall::ONE, "rate")?.spread().median;
             Some((amount(rate, Unit::PerSecond), rate >= 10e6))
         },
+    },
+    Goal {
+        what: "null, no filter, client polling: reads a second, 32 in flight",
+        goal: "≥ 3 × qemu-storage-daemon",
+        reached: |report| to_peer(report, &null_read(32), 0, "rate", |ratio| ratio >= 3.0),
+    },
+    Goal {
+        what: "null, no filter, client polling: latency of a read, 1 in flight",
+        goal: "≤ a quarter of qemu-storage-daemon's",
+        reached: |report| to_peer(report, &null_read(1), 0, "p50", |ratio| ratio <= 0.25),
+    },
+    Goal {
+        what: "null, one filter: reads a second, 32 in flight",
+        goal: "≥ 1.25 × qemu-storage-daemon without any",
+        reached: |report| to_peer(report, &null_read(32), 1, "rate", |ratio| ratio >= 1.25),
+    },
+    Goal {
+        what: "null, one filter, client polling: latency of a read, 1 in flight",
+        goal: "≤ 5 µs",
+        reached: |report| {
+            let p50 = metric(report, "path", &null_read(1), &path::ours(1), "p50")?.spread().median;
+            Some((amount(p50, Unit::Nanoseconds), p50 <= 5000.0))
+        },
+    },
+    Goal {
+        what: "raw O_DIRECT, one filter: rate of reads and writes, 1 and 32 in flight",
+        goal: "≥ 1 × qemu-storage-daemon without any, each",
+        reached: |report| raw_to_peer(report, "rate", |ratio| ratio >= 1.0),
+    },
+    Goal {
+        what: "raw O_DIRECT, one filter: processor time for each request, of all but the client",
+        goal: "≤ 1.25 × qemu-storage-daemon's without any, each",
+        reached: |report| raw_to_peer(report, "cpu servers", |ratio| ratio <= 1.25),
     },
     Goal {
         what: "8 filters, one in flight: their up-calls",
@@ -114,6 +148,43 @@ fn upcall_to_cache_line(report: &Report, quantile: &str, most: f64) -> Option<(S
         amount(line.spread().median, Unit::Nanoseconds)
     );
     Some((figures, ratio.median <= most))
+}
+
+fn null_read(depth: usize) -> String {
+    path::case(Disk::Null, path::READ, depth)
+}
+
+/// A figure of ours, with a chain of `filters`, to that of the peer.
+fn to_peer(
+    report: &Report,
+    case: &str,
+    filters: usize,
+    name: &str,
+    is_reached: fn(f64) -> bool,
+) -> Option<(String, bool)> {
+    let ours = metric(report, "path", case, &path::ours(filters), name)?;
+    let theirs = metric(report, "path", case, path::PEER, name)?;
+    let ratio = Spread::of_ratios(ours, theirs)?;
+    let figures = format!(
+        "{} ×: {}, theirs {}",
+        times(ratio),
+        amount(ours.spread().median, ours.unit),
+        amount(theirs.spread().median, theirs.unit)
+    );
+    Some((figures, is_reached(ratio.median)))
+}
+
+fn raw_to_peer(report: &Report, name: &str, is_reached: fn(f64) -> bool) -> Option<(String, bool)> {
+    let (mut figures, mut all) = (Vec::new(), true);
+    for load in [path::READ, path::WRITE] {
+        for depth in [1, 32] {
+            let case = path::case(Disk::Raw, load, depth);
+            let (figure, reached) = to_peer(report, &case, 1, name, is_reached)?;
+            figures.push(format!("{load}, {depth}: {figure}"));
+            all &= reached;
+        }
+    }
+    Some((figures.join("<br>"), all))
 }
 
 /// Of two figures, round by round.

@@ -6,7 +6,8 @@ use std::fmt::Write;
 use super::Report;
 use super::page::amount;
 use crate::measure::{Section, Unit};
-use crate::upcall;
+use crate::path::servers::Disk;
+use crate::{path, upcall};
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 400.0;
@@ -35,10 +36,22 @@ struct Graph {
 pub fn all(report: &Report) -> Vec<(String, String, String)> {
     let mut all = Vec::new();
     if let Some(section) = report.section("upcall") {
-        all.push(("upcall-chain.svg", by_chain_length(section)));
+        all.push(("upcall-chain.svg".to_owned(), by_chain_length(section)));
+    }
+    if let Some(section) = report.section("path") {
+        for (disk, file) in [(Disk::Null, "null"), (Disk::Raw, "raw")] {
+            for (name, what) in [
+                ("rate", "Reads a second"),
+                ("cpu servers", "Processor time for each read, servers and filter hosts"),
+            ] {
+                let kind = if name == "rate" { "iops" } else { "cpu" };
+                let graph = by_depth(section, disk, name, what);
+                all.push((format!("path-{file}-{kind}.svg"), graph));
+            }
+        }
     }
     let drawn = all.into_iter().filter(|(_, graph)| !graph.lines.is_empty());
-    drawn.map(|(name, graph)| (name.into(), graph.title.clone(), draw(&graph))).collect()
+    drawn.map(|(name, graph)| (name, graph.title.clone(), draw(&graph))).collect()
 }
 
 fn by_chain_length(section: &Section) -> Graph {
@@ -56,6 +69,25 @@ fn by_chain_length(section: &Section) -> Graph {
         unit: Unit::Nanoseconds,
         by_powers: false,
         lines: [("p50", "p50"), ("p99", "p99")].map(line).into(),
+    }
+}
+
+fn by_depth(section: &Section, disk: Disk, metric: &str, what: &str) -> Graph {
+    let line = |side: String| {
+        let point = |depth: usize| {
+            let row = section.find(&path::case(disk, path::READ, depth), &side)?;
+            let spread = row.metric(metric)?.spread();
+            Some((depth as f64, spread.median, spread.low, spread.high))
+        };
+        Line { points: path::DEPTHS.into_iter().filter_map(point).collect(), name: side }
+    };
+    let sides = [0, 1, 4].map(path::ours).into_iter().chain([path::PEER.to_owned()]);
+    Graph {
+        title: format!("{what}, {}, 4 KiB, client polling", disk.word()),
+        x: "requests in flight".into(),
+        unit: if metric == "rate" { Unit::PerSecond } else { Unit::Nanoseconds },
+        by_powers: true,
+        lines: sides.map(line).filter(|line| !line.points.is_empty()).collect(),
     }
 }
 

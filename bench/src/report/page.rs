@@ -58,9 +58,10 @@ fn loads(text: &mut String, section: &Section) {
     let reference = section.reference.as_deref();
     text.push_str("| case | side | per second | p50 | p99 | p99.9 |");
     text.push_str(
-        &reference.map_or(String::new(), |side| format!(" rate / {side} | cpu / {side} |")),
+        &reference
+            .map_or(String::new(), |side| format!(" rate / {side} | cpu of servers / {side} |")),
     );
-    text.push_str(" cpu per request, all |\n|---|---|---|---|---|---|");
+    text.push_str(" cpu of servers per request |\n|---|---|---|---|---|---|");
     text.push_str(if reference.is_some() { "---|---|---|\n" } else { "---|\n" });
     for row in &section.rows {
         let _ = write!(text, "| {} | {} |", row.case, row.side);
@@ -68,15 +69,15 @@ fn loads(text: &mut String, section: &Section) {
             let _ = write!(text, " {} |", row.metric(name).map_or("".into(), figure));
         }
         if let Some(reference) = reference {
-            for name in ["rate", "cpu all"] {
+            for name in ["rate", "cpu servers"] {
                 let ratio =
                     if row.side == reference { None } else { ratio(section, row, reference, name) };
                 let _ = write!(text, " {} |", ratio.map_or("".into(), times));
             }
         }
-        let _ = writeln!(text, " {} |", row.metric("cpu all").map_or("".into(), figure));
+        let _ = writeln!(text, " {} |", row.metric("cpu servers").map_or("".into(), figure));
     }
-    if !section.rows.iter().any(|row| row.metric("cpu all").is_some()) {
+    if !section.rows.iter().any(|row| row.metric("cpu servers").is_some()) {
         return;
     }
     text.push_str("\nFor each request: processor time; sleeps; times that the core went to somebody else (yielded or taken).\n\n");
@@ -88,7 +89,7 @@ fn loads(text: &mut String, section: &Section) {
 
 fn users(row: &Row) -> String {
     let names = row.metrics.iter().filter_map(|metric| metric.name.strip_prefix("cpu "));
-    let users = names.filter(|name| *name != "all").map(|name| {
+    let users = names.filter(|name| !["all", "servers"].contains(name)).map(|name| {
         let of = |what: &str| row.median(&format!("{what} {name}")).unwrap_or(0.0);
         format!(
             "{name} {}; {}; {}",
@@ -187,7 +188,7 @@ mod tests {
         for (side, rates) in [("ours", [30.0, 44.0]), ("peer", [10.0, 11.0])] {
             let row = section.row("read", side, "a core each");
             rates.iter().for_each(|rate| row.push("rate", Unit::PerSecond, *rate));
-            row.push("cpu all", Unit::Nanoseconds, 50.0);
+            row.push("cpu servers", Unit::Nanoseconds, 50.0);
         }
         let mut text = String::new();
         section_text(&mut text, &section);

@@ -1,0 +1,145 @@
+//! The programs that are compared, each serving one disk.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use upcall_tests::{Scratch, Server};
+
+use crate::filters::programs;
+use crate::process::{self, wait_for_file};
+
+/// Bytes of the disks.
+pub const CAPACITY: u64 = 256 << 20;
+/// The name of the program that serves the disk, in rounds.
+pub const SERVER: &str = "server";
+/// The name of filter hosts in rounds, all together.
+pub const HOSTS: &str = "filter hosts";
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a disk is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// Nothing: reads give zeroes, writes are forgotten.
+    Null,
+    /// A raw file, past the page cache.
+    Raw,
+}
+
+impl Disk {
+    /// In the names of cases.
+    pub fn word(self) -> &'static str {
+        match self {
+            Disk::Null => "null",
+            Disk::Raw => "raw O_DIRECT",
+        }
+    }
+}
+
+/// A running server of one disk. Ends when dropped.
+pub struct Serving {
+    program: Program,
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// Its processes, by the names they have in rounds.
+    pub watched: Vec<(String, u32)>,
+}
+
+/// The process itself; kept to be ended.
+enum Program {
+    /// `upcall serve`.
+    Upcall { _server: Server },
+    /// Somebody else's.
+    Peer(Child),
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        if let Program::Peer(child) = &mut self.program {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// `upcall serve` with a chain of these filters, each as behind `file=` of `--filter`.
+pub fn upcall(
+    scratch: &Scratch,
+    name: &str,
+    disk: Disk,
+    queues: usize,
+    filters: &[PathBuf],
+) -> Result<Serving, String> {
+    let socket = scratch.join(&format!("{name}.sock"));
+    let what = match disk {
+        Disk::Null => format!("null={CAPACITY}"),
+        Disk::Raw => format!("file={}", image(scratch, name)?.display()),
+    };
+    let mut command = Command::new(programs().join("upcall"));
+    command.arg("serve").arg("--log-level=warn").arg("--disk");
+    command.arg(format!("name={name},{what},socket={},queues={queues}", socket.display()));
+    for filter in filters {
+        command.arg("--filter").arg(format!("disk={name},file={}", filter.display()));
+    }
+    let server = Server::spawn(scratch, command);
+    let pid = server.pid().as_raw_pid() as u32;
+    let hosts = process::children(pid).into_iter().map(|pid| (HOSTS.to_owned(), pid));
+    let watched = std::iter::once((SERVER.to_owned(), pid)).chain(hosts).collect();
+    Ok(Serving { program: Program::Upcall { _server: server }, socket, watched })
+}
+
+/// qemu-storage-daemon, with a thread of its own for the disk, as one who wants it fast
+/// starts it.
+pub fn qemu_storage_daemon(
+    scratch: &Scratch,
+    name: &str,
+    disk: Disk,
+    queues: usize,
+) -> Result<Serving, String> {
+    let socket = scratch.join(&format!("{name}.sock"));
+    let what = match disk {
+        // Reads fill the guest's memory, as ours do.
+        Disk::Null => format!("driver=null-co,node-name=disk,size={CAPACITY},read-zeroes=on"),
+        Disk::Raw => format!(
+            "driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring",
+            image(scratch, name)?.display()
+        ),
+    };
+    let log = scratch.join(&format!("{name}.log"));
+    let log = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
+    let child = Command::new("qemu-storage-daemon")
+        .args(["--object", "iothread,id=thread", "--blockdev", &what, "--export"])
+        .arg(format!(
+            "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},iothread=thread,addr.type=unix,addr.path={}",
+            socket.display()
+        ))
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .map_err(|error| format!("qemu-storage-daemon (Debian: qemu-system-common): {error}"))?;
+    let watched = vec![(SERVER.to_owned(), child.id())];
+    let serving = Serving { program: Program::Peer(child), socket, watched };
+    wait_for_file(&serving.socket, PATIENCE)?;
+    Ok(serving)
+}
+
+/// A file with data in all its blocks: a hole would be read without the disk.
+fn image(scratch: &Scratch, name: &str) -> Result<PathBuf, String> {
+    let path = scratch.join(&format!("{name}.img"));
+    write_image(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(path)
+}
+
+fn write_image(path: &Path) -> std::io::Result<()> {
+    let mut file = File::create_new(path)?;
+    let block = vec![0x5a; 1 << 20];
+    for _ in 0..CAPACITY / block.len() as u64 {
+        file.write_all(&block)?;
+    }
+    file.write_all_at(&[1], 0)?;
+    file.sync_all()
+}
