@@ -21,6 +21,8 @@ use crate::driver::is_readable;
 use crate::memory::SharedMemory;
 use crate::message::{Connection, request};
 
+mod reconnect;
+
 /// Feature bits of virtio and of virtio-blk.
 #[allow(missing_docs)]
 pub mod feature {
@@ -236,6 +238,7 @@ pub struct RawClient {
     features: u64,
     options: RawOptions,
     spare_next: usize,
+    inflight: Option<reconnect::Inflight>,
 }
 
 impl RawClient {
@@ -257,8 +260,10 @@ impl RawClient {
 
         let slots = options.queues * options.slots * (SLOT_HEAD_BYTES + SLOT_BYTES);
         let memory = SharedMemory::new(options.queues * RING_BYTES + slots + SPARE_BYTES);
+        let rings = Vec::new();
+        let (spare_next, inflight) = (0, None);
         let mut client =
-            RawClient { connection, memory, rings: Vec::new(), features, options, spare_next: 0 };
+            RawClient { connection, memory, rings, features, options, spare_next, inflight };
         client.send_memory_table()?;
         for queue in 0..options.queues {
             let ring = client.new_ring(queue)?;
