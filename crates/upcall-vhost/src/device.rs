@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use upcall_ring::Doorbell;
@@ -29,6 +30,11 @@ use crate::memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region, RegionAd
 use crate::queue::{Shared, Signals, Stopped, VirtQueue};
 use crate::ring::{self, PackedRing, Position, RingAddress, SplitRing};
 use crate::virtio::*;
+
+/// How long a ring that stops may take to end what a worker before us had begun, and how long
+/// it runs at a time for that.
+const LEFT_TIMEOUT: Duration = Duration::from_secs(10);
+const LEFT_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Who runs the queues: the worker. All calls come from the thread that is in
 /// [`serve_connection`](crate::serve_connection).
@@ -103,6 +109,8 @@ struct Ring {
     address: Option<RingAddress>,
     /// Where it starts, or was when it stopped; as GET_VRING_BASE says it.
     base: u32,
+    /// When it stopped, requests of a worker before us had not been taken again.
+    left: bool,
     kick: Option<Doorbell>,
     enabled: bool,
     running: bool,
@@ -185,8 +193,23 @@ impl<'a> Device<'a> {
         let ring = &mut self.rings[at];
         if ring.running {
             ring.running = false;
-            ring.base = self.host.stop(at as u16).position();
+            let stopped = self.host.stop(at as u16);
+            (ring.base, ring.left) = (stopped.position(), stopped.left() > 0);
         }
+    }
+
+    /// Lets a stopped ring run until nothing that a worker before us took is left: whoever
+    /// asks where the ring stands may go on elsewhere, without the in-flight region.
+    fn finish_left(&mut self, at: usize) -> Answer {
+        let deadline = Instant::now() + LEFT_TIMEOUT;
+        while self.rings[at].left && Instant::now() < deadline {
+            let enabled = std::mem::replace(&mut self.rings[at].enabled, true);
+            self.start_if_ready(at)?;
+            std::thread::sleep(LEFT_INTERVAL);
+            self.stop(at);
+            self.rings[at].enabled = enabled;
+        }
+        Ok(())
     }
 
     fn stop_all(&mut self) {
@@ -494,9 +517,12 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState, Error> {
-        let answer = self.place(index);
+        let answer = self.place(index).and_then(|at| {
+            self.stop(at);
+            self.finish_left(at)?;
+            Ok(at)
+        });
         let at = self.answer(answer)?;
-        self.stop(at);
         // A stopped ring needs a new kick descriptor to start.
         self.rings[at].kick = None;
         Ok(VhostUserVringState::new(index, self.rings[at].base))

@@ -63,10 +63,9 @@ pub enum InflightError {
     Resizable,
     /// It was handed over for rings of the other kind, or smaller ones.
     #[error(
-        "tracking was set up for {} rings of {tracked} entries, and a ring is {} with {size}",
-        if *tracked_packed { "packed" } else { "split" }, if *tracked_packed { "split or larger" } else { "packed or larger" }
+        "tracking was set up for {tracked} rings of {tracked_size}, not a {kind} one of {size}"
     )]
-    Ring { tracked: u16, tracked_packed: bool, size: u16 },
+    Ring { tracked: &'static str, tracked_size: u16, kind: &'static str, size: u16 },
     /// It is not memory, or shorter than told; or there is no memory for a new one.
     #[error("cannot map the file for tracking")]
     Map(#[source] std::io::Error),
@@ -176,7 +175,9 @@ impl Inflight {
     ) -> Result<Option<Place>, InflightError> {
         let Extent { queues, queue_size, packed: tracked_packed } = self.extent;
         if packed != tracked_packed || size > queue_size {
-            return Err(InflightError::Ring { tracked: queue_size, tracked_packed, size });
+            let name = |packed| if packed { "packed" } else { "split" };
+            let (tracked, kind) = (name(tracked_packed), name(packed));
+            return Err(InflightError::Ring { tracked, tracked_size: queue_size, kind, size });
         }
         Ok((index < queues).then(|| self.place(index)))
     }

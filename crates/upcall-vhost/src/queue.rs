@@ -156,6 +156,7 @@ enum Broken {
 #[derive(Debug)]
 pub struct Stopped {
     position: u32,
+    left: usize,
 }
 
 impl Stopped {
@@ -169,6 +170,12 @@ impl Stopped {
     /// next used descriptor will be.
     pub(crate) fn position(&self) -> u32 {
         self.position
+    }
+
+    /// How many requests a worker before us took that nobody has taken again: they are in
+    /// the in-flight region alone.
+    pub(crate) fn left(&self) -> usize {
+        self.left
     }
 }
 
@@ -257,7 +264,9 @@ impl VirtQueue {
             // What comes after us may sleep. An error here is seen by whoever goes on.
             let _ = self.ring.ask_for_doorbell();
         }
-        Stopped { position: self.ring.position() }
+        // Of a broken ring, nothing will ever be taken.
+        let left = if self.broken.is_none() { self.again.len() } else { 0 };
+        Stopped { position: self.ring.position(), left }
     }
 
     fn break_with(&mut self, broken: Broken) -> QueueError {
@@ -386,6 +395,8 @@ impl RequestQueue for VirtQueue {
     }
 }
 
+#[cfg(test)]
+mod packed_tests;
 #[cfg(test)]
 mod recovery;
 #[cfg(test)]

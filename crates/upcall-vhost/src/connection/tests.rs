@@ -2,9 +2,10 @@
 //! does, or as nobody should.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread::JoinHandle;
 
+use upcall_block::RequestQueue;
 use upcall_ring::Doorbell;
 
 use super::*;
@@ -620,4 +621,332 @@ fn regions_are_translated_and_removed_exactly() {
     });
     let full = GuestMemory::new(full).unwrap();
     assert!(full.with(memory.region()).is_err(), "no room");
+}
+
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
+const RESET_DEVICE: u32 = 34;
+
+/// The description of a file for tracking.
+fn inflight_message(bytes: u64, offset: u64, queues: u16, size: u16) -> Vec<u8> {
+    let mut body = [bytes, offset].map(u64::to_le_bytes).concat();
+    body.extend([queues, size, 0, 0].map(u16::to_le_bytes).concat());
+    body
+}
+
+impl Client {
+    /// A client whose server keeps its hands off what it is handed: nothing ever completes.
+    fn held() -> Client {
+        let mut client = Client::new();
+        let options = BlkOptions { queues: 2, ..BlkOptions::default() };
+        let config = Arc::new(BlkConfig::new(disk_info(CAPACITY), options).unwrap());
+        let (stream, other) = UnixStream::pair().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let shutdown = client.shutdown.clone();
+        client.config = config.clone();
+        client.stream = stream;
+        client.server = std::thread::spawn(move || {
+            serve_connection(other, config, &mut Leaving(Vec::new()), shutdown.as_fd())
+        });
+        client
+    }
+
+    /// Asks for a file for tracking: its length, and the file.
+    fn get_inflight(&self, queues: u16, size: u16) -> (u64, OwnedFd) {
+        self.send(GET_INFLIGHT_FD, &inflight_message(0, 0, queues, size), &[]);
+        let mut bytes = [0; 12 + 24];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = rustix::net::RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
+        rustix::net::recvmsg(&self.stream, &mut parts, &mut control, RecvFlags::WAITALL).unwrap();
+        let fds = control.drain().flat_map(|message| match message {
+            rustix::net::RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+            _ => Vec::new(),
+        });
+        let [fd] = <[OwnedFd; 1]>::try_from(fds.collect::<Vec<_>>()).expect("one descriptor");
+        assert_eq!(bytes[12 + 8..12 + 16], [0; 8], "from its start");
+        (u64::from_le_bytes(std::array::from_fn(|i| bytes[12 + i])), fd)
+    }
+
+    /// Hands the file over.
+    fn set_inflight(&self, (bytes, fd): &(u64, OwnedFd), queues: u16, size: u16) -> bool {
+        let body = inflight_message(*bytes, 0, queues, size);
+        self.acknowledged(SET_INFLIGHT_FD, &body, &[fd.as_fd()])
+    }
+}
+
+/// Takes what there is, completes every second of it, and then behaves as a worker that is
+/// killed: what it holds is gone when its queue is.
+struct Leaving(Vec<VirtQueue>);
+
+impl QueueHost for Leaving {
+    fn start(&mut self, _index: u16, mut queue: VirtQueue) {
+        let mut taken = Vec::new();
+        queue.take(64, &mut taken).unwrap();
+        for request in taken.iter().skip(1).step_by(2) {
+            queue.complete(request.tag, Ok(()));
+        }
+        queue.publish();
+        self.0.push(queue);
+    }
+
+    fn stop(&mut self, _index: u16) -> Stopped {
+        panic!("killed");
+    }
+}
+
+const PACKED: u64 = LINUX | RING_PACKED;
+
+#[test]
+fn what_a_lost_worker_left_in_flight_is_served_first_by_the_next() {
+    for packed in [false, true] {
+        let memory = Arc::new(Memory::new(1 << 20));
+        let (kick, call) = doorbells();
+        let mut split_driver = Driver::new(memory.clone(), 16, true, 0);
+        let mut packed_driver = PackedDriver::new(memory.clone(), 16, true);
+        let address = if packed {
+            let [descriptors, driver, device] = packed_driver.user_addresses();
+            [0, descriptors, device, driver, 0].map(u64::to_le_bytes).concat()
+        } else {
+            address_message(&split_driver)
+        };
+        let mut driver: &mut dyn GuestDriver =
+            if packed { &mut packed_driver } else { &mut split_driver };
+        let features = if packed { PACKED } else { LINUX };
+        let mut submitted: Vec<u32> = Vec::new();
+        let mut submit = |driver: &mut &mut dyn GuestDriver, sector| {
+            let (chain, data, status) = memory.request(T_OUT, sector, &[1; 512], 0);
+            submitted.push(driver.submit_parts(&chain, data, status, false).head.into());
+        };
+        let start = |client: &Client, base| {
+            client.greet();
+            client.send_u64(SET_FEATURES, features);
+            client.add_memory(&memory);
+            client.send_state(SET_VRING_NUM, 0, 16);
+            client.send_state(SET_VRING_BASE, 0, base);
+            client.send(SET_VRING_ADDR, &address, &[]);
+            client.send_fd(SET_VRING_CALL, 0, &call);
+        };
+        for sector in 0..4 {
+            submit(&mut driver, sector);
+        }
+
+        let first = Client::held();
+        start(&first, if packed { 0x8000_8000 } else { 0 });
+        let file = first.get_inflight(2, 16);
+        assert!(first.set_inflight(&file, 2, 16));
+        first.send_fd(SET_VRING_KICK, 0, &kick);
+        first.send_state(SET_VRING_ENABLE, 0, 1);
+        first.get_u64(GET_FEATURES);
+        assert_eq!(driver.reap().len(), 2, "every second one");
+        drop(first.stream);
+        assert!(first.server.join().is_err(), "killed");
+
+        // The frontend knows only what is used, if that; the region knows better.
+        submit(&mut driver, 4);
+        let second = Client::new();
+        start(&second, if packed { 0x8000_8000 } else { 2 });
+        assert!(second.set_inflight(&file, 2, 16));
+        second.send_fd(SET_VRING_KICK, 0, &kick);
+        second.send_state(SET_VRING_ENABLE, 0, 1);
+        let base = second.get_base(0);
+        let mut ended: Vec<u32> = driver.reap().iter().map(|used| used.head).collect();
+        let all = if packed { 15 } else { 5 };
+        if base & 0x7fff != all {
+            // It was stopped before it had seen the last, which is not in flight.
+            second.send_fd(SET_VRING_KICK, 0, &kick);
+            kick.ring();
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while ended.len() < 3 {
+                assert!(Instant::now() < deadline, "no completion");
+                ended.extend(driver.reap().iter().map(|used| used.head));
+            }
+        }
+        assert_eq!(ended, [submitted[0], submitted[2], submitted[4]], "packed {packed}");
+        assert_eq!(second.end().unwrap(), Ended::PeerClosed);
+    }
+}
+
+#[test]
+fn a_file_for_tracking_that_is_not_as_it_should_be_is_refused() {
+    type Say = fn(&Client, u64, BorrowedFd<'_>);
+    let cases: [(&str, Say); 6] = [
+        ("3 rings", |c, _, _| c.send(GET_INFLIGHT_FD, &inflight_message(0, 0, 3, 16), &[])),
+        ("rings of 17", |c, _, _| c.send(GET_INFLIGHT_FD, &inflight_message(0, 0, 1, 17), &[])),
+        ("65535 rings", |c, bytes, fd| {
+            c.send(SET_INFLIGHT_FD, &inflight_message(bytes, 0, u16::MAX, 16), &[fd]);
+        }),
+        ("for tracking", |c, bytes, fd| {
+            c.send(SET_INFLIGHT_FD, &inflight_message(bytes - 1, 0, 2, 16), &[fd]);
+        }),
+        ("cannot map", |c, _, fd| {
+            c.send(SET_INFLIGHT_FD, &inflight_message(1 << 20, 0, 2, 256), &[fd]);
+        }),
+        ("at 64", |c, bytes, fd| {
+            c.send(SET_INFLIGHT_FD, &inflight_message(bytes, 64, 1, 16), &[fd]);
+        }),
+    ];
+    for (reason, say) in cases {
+        let client = Client::new();
+        client.greet();
+        client.send_u64(SET_FEATURES, LINUX);
+        let (bytes, fd) = client.get_inflight(2, 16);
+        say(&client, bytes, fd.as_fd());
+        let error = client.server.join().unwrap().unwrap_err().to_string();
+        assert!(error.starts_with("refused: ") && error.contains(reason), "{error}");
+    }
+    // Handed over for split rings; then the guest takes packed ones.
+    let client = Client::new();
+    client.greet();
+    client.send_u64(SET_FEATURES, LINUX);
+    let file = client.get_inflight(2, 16);
+    assert!(client.set_inflight(&file, 2, 16));
+    client.send_u64(SET_FEATURES, PACKED);
+    let memory = Arc::new(Memory::new(1 << 20));
+    client.add_memory(&memory);
+    let driver = Driver::new(memory, 16, true, 0);
+    client.start_ring(&driver, 16, 0x8000_8000, &Doorbell::new().unwrap());
+    let error = client.server.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("set up for split rings"), "{error}");
+}
+
+#[test]
+fn asking_for_many_files_for_tracking_keeps_none_of_them() {
+    // CVE-2020-10726.
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let client = Client::new();
+    client.greet();
+    client.get_inflight(2, 256);
+    let before = open();
+    for _ in 0..500 {
+        client.get_inflight(2, 256);
+    }
+    // Other tests of this process open and close some, too.
+    assert!(open() < before + 200, "{before} descriptors, then {}", open());
+}
+
+#[test]
+fn a_reset_stops_the_rings_and_forgets_what_was_in_flight() {
+    let client = Client::new();
+    let (kick, call) = doorbells();
+    client.greet();
+    client.send_u64(SET_FEATURES, LINUX);
+    let memory = Arc::new(Memory::new(1 << 20));
+    client.add_memory(&memory);
+    let file = client.get_inflight(1, 16);
+    assert!(client.set_inflight(&file, 1, 16));
+    let mut driver = Driver::new(memory.clone(), 16, true, 0);
+    client.send_fd(SET_VRING_CALL, 0, &call);
+    client.start_ring(&driver, 16, 0, &kick);
+    driver.submit(T_FLUSH, 0, &[], 0);
+    kick.ring();
+    completion(&mut driver, &call);
+    assert!(client.acknowledged(RESET_DEVICE, &[], &[]));
+    assert_eq!(client.calls(), ["start 0", "disconnected", "stop 0"]);
+    let mapping =
+        upcall_ring::Mapping::new(&file.1, 0, file.0 as usize, upcall_ring::Access::ReadWrite)
+            .unwrap();
+    assert_eq!(mapping.read_array::<2>(8), Some([0, 0]), "the region is not in use");
+    client.send_state(SET_VRING_ENABLE, 0, 1);
+    client.get_u64(GET_FEATURES);
+    assert!(client.calls().is_empty(), "nothing is known of the ring");
+    // The connection goes on, as from its start.
+    driver.reset();
+    client.send_u64(SET_FEATURES, LINUX);
+    client.send_fd(SET_VRING_CALL, 0, &call);
+    client.start_ring(&driver, 16, 0, &kick);
+    driver.submit(T_FLUSH, 0, &[], 0);
+    kick.ring();
+    completion(&mut driver, &call);
+    assert_eq!(client.get_base(0), 1);
+}
+
+#[test]
+fn the_guests_write_cache_setting_is_known_to_the_next_worker() {
+    let memory = Arc::new(Memory::new(1 << 20));
+    let first = Client::new();
+    first.greet();
+    first.send_u64(SET_FEATURES, LINUX);
+    let file = first.get_inflight(1, 16);
+    assert!(first.set_inflight(&file, 1, 16));
+    assert_eq!(first.get_config(32, 1), [1]);
+    first.set_config(32, &[0]);
+    assert_eq!(first.get_config(32, 1), [0]);
+    first.add_memory(&memory);
+    first.end().unwrap();
+    let second = Client::new();
+    second.greet();
+    second.send_u64(SET_FEATURES, LINUX);
+    assert_eq!(second.get_config(32, 1), [1], "a new worker");
+    assert!(second.set_inflight(&file, 1, 16));
+    assert_eq!(second.get_config(32, 1), [0], "the guest flushes nothing");
+    second.end().unwrap();
+}
+
+#[test]
+fn a_packed_ring_is_served_and_says_where_it_stands() {
+    let client = Client::new();
+    let (kick, call) = doorbells();
+    client.greet();
+    client.send_u64(SET_FEATURES, PACKED);
+    let memory = Arc::new(Memory::new(1 << 20));
+    client.add_memory(&memory);
+    let mut driver = PackedDriver::new(memory.clone(), 8, true);
+    let [descriptors, drivers, devices] = driver.user_addresses();
+    let address = [0, descriptors, devices, drivers, 0].map(u64::to_le_bytes).concat();
+    let mut base = 0x8000_8000;
+    for round in 0..5u64 {
+        client.send_state(SET_VRING_NUM, 0, 8);
+        client.send_state(SET_VRING_BASE, 0, base);
+        client.send(SET_VRING_ADDR, &address, &[]);
+        client.send_fd(SET_VRING_CALL, 0, &call);
+        client.send_fd(SET_VRING_KICK, 0, &kick);
+        client.send_state(SET_VRING_ENABLE, 0, 1);
+        let written = driver.submit(T_OUT, round, &[round as u8; 512], 0);
+        kick.ring();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while driver.reap().is_empty() {
+            assert!(Instant::now() < deadline, "no completion");
+        }
+        assert_eq!(driver.status(&written), S_OK);
+        client.send_state(SET_VRING_ENABLE, 0, 0);
+        base = client.get_base(0);
+        let position = u32::from(driver.position());
+        assert_eq!(base, position << 16 | position, "round {round}");
+    }
+    assert_eq!(base, 7 << 16 | 7, "15 descriptors in a ring of 8: almost two laps");
+}
+
+#[test]
+fn a_packed_rings_position_must_be_one() {
+    for (base, reason) in
+        [(0x8008_8008, "position 2148040712"), (0x8000_8003, "with requests in flight")]
+    {
+        let client = Client::new();
+        client.greet();
+        client.send_u64(SET_FEATURES, PACKED);
+        let memory = Arc::new(Memory::new(1 << 20));
+        client.add_memory(&memory);
+        let driver = Driver::new(memory, 8, true, 0);
+        client.start_ring(&driver, 8, base, &Doorbell::new().unwrap());
+        let error = client.server.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+}
+
+#[test]
+fn a_frontend_that_never_reads_its_answers_loses_its_connection() {
+    let client = Client::new();
+    client.stream.set_nonblocking(true).unwrap();
+    let ask = message(GET_FEATURES, 1, &[]);
+    let start = Instant::now();
+    while !client.server.is_finished() {
+        assert!(start.elapsed() < 4 * MESSAGE_TIMEOUT, "it is waited for");
+        if send(&client.stream, &ask, &[]).is_err() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    let error = client.server.join().unwrap().unwrap_err();
+    assert!(matches!(error, ConnectionError::Unread), "{error}");
+    assert!(error.to_string().contains("read no answer for 5 s"), "{error}");
 }

@@ -53,6 +53,14 @@ impl PackedDriver {
         }
     }
 
+    /// Empties the ring and begins anew, as before a device is started again.
+    pub fn reset(&mut self) {
+        (self.next_available, self.next_used, self.last) = ((0, true), (0, true), (0, true));
+        self.counts.clear();
+        self.free = self.size;
+        self.memory.write(self.ring, &vec![0; usize::from(self.size) * DESC_SIZE]);
+    }
+
     /// Entries.
     pub fn size(&self) -> u16 {
         self.size
