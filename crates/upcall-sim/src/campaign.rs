@@ -1,0 +1,228 @@
+//! Many worlds, one after the other, and what is said of them.
+//!
+//! Always true: a campaign is only right if each of its canaries was noticed, if the worlds
+//! that ran twice did the same twice, and if every kind of fault happened.
+
+use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+use std::sync::Once;
+use std::time::Instant;
+
+use crate::coverage::Coverage;
+use crate::medium::Canary;
+use crate::simulation::Simulation;
+
+/// What a world came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What is wrong; None: nothing.
+    pub wrong: Option<String>,
+    /// What happened last.
+    pub last: Vec<String>,
+    pub digest: (u64, u64),
+    pub coverage: Coverage,
+    /// The canary did what it should be noticed for.
+    pub canary_sang: bool,
+}
+
+thread_local! {
+    /// A world runs on this thread.
+    static RUNS: Cell<bool> = const { Cell::new(false) };
+    /// What its panic said, instead of saying it on the terminal.
+    static SAID: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Keeps panics of worlds off the terminal: here they are how a world says what is wrong.
+fn listen() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !RUNS.get() {
+                return others(info);
+            }
+            let text = info.payload_as_str().unwrap_or("a panic");
+            let place = info.location().map(|at| format!(" [{}:{}]", at.file(), at.line()));
+            SAID.set(text.to_owned() + &place.unwrap_or_default());
+        }));
+    });
+}
+
+/// Runs one world.
+pub fn run_world(seed: u64, canary: Option<Canary>, prints: bool) -> Outcome {
+    listen();
+    RUNS.set(true);
+    let mut simulation = None;
+    let run = catch_unwind(AssertUnwindSafe(|| {
+        let simulation = simulation.insert(Simulation::new(seed, canary));
+        simulation.trace.prints = prints;
+        simulation.run();
+    }));
+    RUNS.set(false);
+    let wrong = run.is_err().then(|| SAID.take());
+    let Some(simulation) = simulation else {
+        let (last, coverage) = (Vec::new(), Coverage::default());
+        return Outcome { wrong, last, digest: (0, 0), coverage, canary_sang: false };
+    };
+    Outcome {
+        wrong,
+        last: simulation.trace.last(),
+        digest: simulation.trace.digest(),
+        coverage: simulation.coverage.clone(),
+        canary_sang: simulation.canary_sang(),
+    }
+}
+
+/// The commit that this was built from, if it can be known.
+pub fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git")
+            .args(arguments)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .ok()
+            .filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    match git(&["rev-parse", "--short=12", "HEAD"]) {
+        Some(commit) => {
+            let clean = git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty());
+            if clean { commit } else { commit + "+" }
+        }
+        None => "unknown".to_owned(),
+    }
+}
+
+/// What a campaign shall do.
+#[derive(Clone, Copy, Debug)]
+pub struct Campaign {
+    pub first: u64,
+    pub seeds: u64,
+}
+
+/// What a campaign came to.
+#[derive(Debug)]
+pub struct Report {
+    pub seeds: u64,
+    pub coverage: Coverage,
+    pub seconds: f64,
+    /// Each a sentence, with how to replay it.
+    pub wrong: Vec<String>,
+}
+
+/// So many worlds are tried for each canary before it counts as not noticed.
+const CANARY_WORLDS: u64 = 30;
+/// One world in so many runs twice.
+const TWICE_IN: u64 = 100;
+/// A campaign ends early after so many failures: the next ones say the same.
+const WRONG_MAX: usize = 5;
+
+impl Campaign {
+    pub fn run(self) -> Report {
+        let start = Instant::now();
+        let mut report =
+            Report { seeds: 0, coverage: Coverage::default(), seconds: 0.0, wrong: Vec::new() };
+        for seed in self.first..self.first + self.seeds {
+            report.run_seed(seed);
+            if report.wrong.len() >= WRONG_MAX {
+                break;
+            }
+        }
+        for canary in Canary::ALL {
+            report.run_canary(canary, self.first);
+        }
+        if self.seeds >= 200 {
+            report.check_coverage();
+        }
+        report.seconds = start.elapsed().as_secs_f64();
+        report
+    }
+}
+
+impl Report {
+    fn run_seed(&mut self, seed: u64) {
+        let outcome = run_world(seed, None, false);
+        self.seeds += 1;
+        self.coverage.merge(&outcome.coverage);
+        if let Some(wrong) = outcome.wrong {
+            self.wrong.push(format!("seed {seed}: {wrong}\n{}", outcome.last.join("\n")));
+        } else if seed.is_multiple_of(TWICE_IN) {
+            self.coverage.count("worlds run twice");
+            let again = run_world(seed, None, false);
+            if again.digest != outcome.digest {
+                self.wrong.push(format!(
+                    "seed {seed} did not do the same twice: {:?}, then {:?}",
+                    outcome.digest, again.digest
+                ));
+            }
+        }
+    }
+
+    /// A canary must be noticed.
+    fn run_canary(&mut self, canary: Canary, first: u64) {
+        for seed in first..first + CANARY_WORLDS {
+            let outcome = run_world(seed, Some(canary), false);
+            if outcome.wrong.is_some() && outcome.canary_sang {
+                self.coverage.count(&format!("canary noticed: {}", canary.name()));
+                return;
+            }
+        }
+        self.wrong.push(format!(
+            "the canary {} was not noticed in {CANARY_WORLDS} worlds from seed {first}: the \
+             checkers do not see",
+            canary.name()
+        ));
+    }
+
+    /// Every kind of fault must have happened, in proportion to the worlds.
+    fn check_coverage(&mut self) {
+        for (what, least_per_1000) in LEAST {
+            let count = self.coverage.sum(what);
+            if count * 1000 < least_per_1000 * self.seeds {
+                self.wrong.push(format!(
+                    "\"{what}\" happened {count} times in {} worlds: the worlds have gone narrow",
+                    self.seeds
+                ));
+            }
+        }
+    }
+
+    /// The line for the ledger.
+    pub fn ledger(&self) -> String {
+        let counts = self.coverage.iter().filter(|(what, _)| !what.starts_with("request"));
+        let faults: Vec<String> =
+            counts.map(|(what, count)| format!("\"{what}\":{count}")).collect();
+        format!(
+            "ledger: {{\"kind\":\"sim\",\"seeds\":{},\"requests\":{},\"faults\":{{{}}},\
+             \"seconds\":{:.1},\"commit\":\"{}\",\"result\":\"{}\"}}",
+            self.seeds,
+            self.coverage.get("requests completed"),
+            faults.join(","),
+            self.seconds,
+            commit(),
+            if self.wrong.is_empty() { "ok" } else { "failed" },
+        )
+    }
+}
+
+/// What must happen at least so often in 1,000 worlds.
+const LEAST: [(&str, u64); 17] = [
+    ("fault: filter death", 500),
+    ("filter death: ", 300),
+    ("filter death: changer HalfChanged", 3),
+    ("filter death: holder Held", 3),
+    ("filter death: splitter Issued", 3),
+    ("fault: ring stop", 300),
+    ("fault: guest reset", 200),
+    ("fault: slow store", 300),
+    ("fault: failing store", 200),
+    ("fault: power cut", 200),
+    ("store error: read", 200),
+    ("store error: write", 200),
+    ("store error: flush", 50),
+    ("request: discard", 1000),
+    ("request: write-zeroes", 1000),
+    ("seen: read answered by a filter", 200),
+    ("seen: cancel of a held request", 50),
+];

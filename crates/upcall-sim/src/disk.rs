@@ -1,0 +1,346 @@
+//! One simulated disk: its media, what its guest asked of it, and whether the answers are
+//! right.
+//!
+//! Always true: an error that reaches the guest has a reason that the simulation knows, and
+//! an error that the medium gave reaches somebody who asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use upcall_block::{DiskInfo, Op, OpSet, Range};
+use upcall_vhost::mock::{Device, Memory};
+use upcall_vhost::{BlkConfig, BlkOptions};
+
+use crate::filters::{OWN_SECTORS, Role};
+use crate::guest::{Ended, Kind, Outcome, Request, Ring};
+use crate::history::History;
+use crate::medium::{Failed, Medium, sectors};
+use crate::plan::DiskPlan;
+use crate::random::Random;
+use crate::stamp::{Bytes, Content, SECTOR, change, parse};
+
+/// Why requests may fail.
+#[derive(Clone, Copy, Debug)]
+pub enum Excuse {
+    /// The medium failed.
+    Medium(Failed),
+    /// The medium of the second disk did.
+    Second(Failed),
+    /// Whatever it is: a filter is gone, or its ring stopped.
+    Any,
+}
+
+/// See the module.
+pub struct Disk {
+    pub number: u32,
+    pub roles: Vec<Role>,
+    /// The key of each slot's filter, 0 for one that changes nothing.
+    pub keys: Vec<u64>,
+    pub medium: Medium,
+    /// What a splitter writes to.
+    pub second: Option<Medium>,
+    pub rings: Vec<Ring>,
+    pub write_through: bool,
+    pub guests: usize,
+    pub history: History,
+    /// Requests in flight.
+    pub open: BTreeMap<u64, Request>,
+    /// When, and what.
+    excuses: Vec<(u64, Excuse)>,
+    /// Errors of the medium, and who may have caused them.
+    suspects: Vec<BTreeSet<u64>>,
+    /// Sectors whose copy may differ.
+    copy_unsure: Vec<bool>,
+}
+
+fn info(sectors: usize) -> DiskInfo {
+    DiskInfo {
+        capacity: (sectors * SECTOR) as u64,
+        block_size: SECTOR as u32,
+        physical_block_size: SECTOR as u32,
+        read_only: false,
+        ops: OpSet::ALL,
+        discard_granularity: SECTOR as u32,
+    }
+}
+
+/// Zeroes as they are behind changers with these keys.
+fn fresh(sector: usize, keys: &[u64]) -> Bytes {
+    let mut bytes = [0; SECTOR];
+    for key in keys {
+        change(&mut bytes, *key, sector as u32);
+    }
+    bytes
+}
+
+/// The keys that change something.
+fn real(keys: &[u64]) -> Vec<u64> {
+    keys.iter().copied().filter(|key| *key != 0).collect()
+}
+
+impl Disk {
+    pub fn new(
+        number: u32,
+        plan: &DiskPlan,
+        keys: Vec<u64>,
+        memory: &Arc<Memory>,
+        random: &mut Random,
+    ) -> Disk {
+        let guests = plan.sectors;
+        let all = guests + OWN_SECTORS;
+        let mut medium = |keys: &[u64]| {
+            let sectors = (0..all).map(|sector| fresh(sector, keys)).collect();
+            Medium::new(info(all), sectors, guests, random.fork())
+        };
+        let splitter = plan.roles.iter().position(|role| *role == Role::Splitter);
+        let second = splitter.map(|slot| medium(&real(&keys[..slot])));
+        let medium = medium(&real(&keys));
+        let ring = |_| {
+            let base = random.pick(&[0, 7, 65_530]);
+            Ring::new(memory, plan.ring_size, plan.event_idx, base, number, guests)
+        };
+        Disk {
+            number,
+            roles: plan.roles.clone(),
+            keys,
+            medium,
+            second,
+            rings: (0..plan.rings).map(ring).collect(),
+            write_through: plan.write_through,
+            guests,
+            history: History::new(guests),
+            open: BTreeMap::new(),
+            excuses: Vec::new(),
+            suspects: Vec::new(),
+            copy_unsure: vec![false; guests],
+        }
+    }
+
+    /// The device of a worker's life; `ops` is what the chain offers.
+    pub fn device(&self, ops: OpSet, memory: &Memory) -> Device {
+        let info = DiskInfo { ops, ..info(self.guests) };
+        let options = BlkOptions { write_cache: !self.write_through, ..BlkOptions::default() };
+        let config = BlkConfig::new(info, options).expect("a disk that can be offered");
+        Device::new(config, memory.table())
+    }
+
+    pub fn keys_above(&self, slot: usize) -> Vec<u64> {
+        real(&self.keys[..slot])
+    }
+
+    /// Whether nothing in flight overlaps.
+    pub fn is_quiet(&self, sectors: &std::ops::Range<usize>) -> bool {
+        let overlaps =
+            |open: &std::ops::Range<usize>| open.start < sectors.end && sectors.start < open.end;
+        !self.open.values().any(|open| overlaps(&open.sectors))
+    }
+
+    /// The guest asks for something.
+    pub fn begin(&mut self, request: &Request) {
+        let (id, range) = (request.id, request.sectors.clone());
+        let disk = self.number;
+        if request.kind.is_modification() {
+            let busy = |sector: usize| {
+                self.open
+                    .values()
+                    .any(|open| open.kind.is_modification() && open.sectors.contains(&sector))
+            };
+            for sector in range.clone() {
+                if busy(sector) {
+                    self.copy_unsure[sector] = true;
+                }
+            }
+        }
+        match request.kind {
+            Kind::Read => self.history.begin_read(id, range),
+            Kind::Write => self.history.begin_write(id, range, |sector| Content::Stamp {
+                disk,
+                sector: sector as u32,
+                request: id,
+            }),
+            Kind::Discard | Kind::WriteZeroes { .. } => {
+                self.history.begin_write(id, range, |_| Content::Zero);
+            }
+            Kind::Flush => self.history.begin_flush(id),
+            Kind::GetId | Kind::Unknown | Kind::PastEnd => {}
+        }
+        self.open.insert(id, request.clone());
+    }
+
+    /// It is told how that ended.
+    pub fn end(&mut self, ended: &Ended) -> Result<(), String> {
+        let Ended { request, outcome, contents } = ended;
+        let id = request.id;
+        self.open.remove(&id).expect("a request that was begun");
+        let ok = *outcome == Outcome::Ok;
+        match request.kind {
+            Kind::Read => self.history.end_read(id, ok.then_some(contents))?,
+            Kind::Flush => self.history.end_flush(id, ok),
+            Kind::GetId | Kind::Unknown | Kind::PastEnd => {
+                let due = match request.kind {
+                    Kind::GetId => Outcome::Ok,
+                    Kind::Unknown => Outcome::Unsupported,
+                    _ => Outcome::Error,
+                };
+                return match *outcome == due {
+                    true => Ok(()),
+                    false => Err(format!("{request:?} ended with {outcome:?}")),
+                };
+            }
+            _ => {
+                self.history.end_write(id, ok, self.write_through);
+                if !ok {
+                    self.doubt_copy(request);
+                }
+            }
+        }
+        match outcome {
+            Outcome::Ok => self.clear_of_suspicion(id),
+            Outcome::Error if self.is_excused(request) => {
+                self.suspects.retain(|suspects| !suspects.contains(&id));
+                Ok(())
+            }
+            _ => Err(format!("{request:?} ended with {outcome:?}, and nothing was wrong")),
+        }
+    }
+
+    /// The guest will not be told how a request ended.
+    pub fn forget(&mut self, request: &Request) {
+        self.open.remove(&request.id);
+        self.history.forget(request.id);
+        self.suspects.retain(|suspects| !suspects.contains(&request.id));
+        if request.kind.is_modification() {
+            self.doubt_copy(request);
+        }
+    }
+
+    fn doubt_copy(&mut self, request: &Request) {
+        for sector in request.sectors.clone() {
+            self.copy_unsure[sector] = true;
+        }
+    }
+
+    /// Errors that the media gave since the last call.
+    pub fn note_failures(&mut self, now_ns: u64) -> Vec<Failed> {
+        let failures = self.medium.take_failures();
+        for failed in &failures {
+            self.excuses.push((now_ns, Excuse::Medium(*failed)));
+            let asked = self.open.values().filter(|open| matches(open, failed, true));
+            let suspects: BTreeSet<u64> = asked.map(|open| open.id).collect();
+            if !suspects.is_empty() {
+                self.suspects.push(suspects);
+            }
+        }
+        if let Some(second) = &self.second {
+            for failed in second.take_failures() {
+                self.excuses.push((now_ns, Excuse::Second(failed)));
+            }
+        }
+        failures
+    }
+
+    /// From now on to the next call errors have a reason.
+    pub fn excuse(&mut self, now_ns: u64, excuse: Excuse) {
+        self.excuses.push((now_ns, excuse));
+    }
+
+    fn is_excused(&self, request: &Request) -> bool {
+        let since = self.excuses.iter().filter(|(when_ns, _)| *when_ns >= request.begun_ns);
+        since.into_iter().any(|(_, excuse)| match excuse {
+            // A journal's own write may have failed.
+            Excuse::Medium(failed) => {
+                matches(request, failed, false)
+                    || sectors(failed.range).start >= self.guests && request.kind.is_modification()
+            }
+            Excuse::Second(failed) => matches(request, failed, false),
+            Excuse::Any => true,
+        })
+    }
+
+    /// A request that succeeded cannot be the one that the medium failed for.
+    fn clear_of_suspicion(&mut self, id: u64) -> Result<(), String> {
+        for suspects in &mut self.suspects {
+            if suspects.remove(&id) && suspects.is_empty() {
+                return Err(format!(
+                    "the medium failed, and everybody who may have asked (last {id}) was told of \
+                     success"
+                ));
+            }
+        }
+        self.suspects.retain(|suspects| !suspects.is_empty());
+        Ok(())
+    }
+
+    /// Nothing is in flight: the disk holds what the guest was told.
+    pub fn check_content(&self) -> Result<(), String> {
+        let keys = real(&self.keys);
+        for sector in 0..self.guests {
+            let mut bytes = self.medium.sector(sector);
+            keys.iter().for_each(|key| change(&mut bytes, *key, sector as u32));
+            self.history
+                .check(sector, parse(&bytes))
+                .map_err(|wrong| format!("disk {}: {wrong}", self.number))?;
+        }
+        Ok(())
+    }
+
+    /// Nothing is in flight and no splitter was ever skipped: the second disk is a copy.
+    pub fn check_copy(&self) -> Result<u64, String> {
+        let (Some(second), Some(slot)) =
+            (&self.second, self.roles.iter().position(|role| *role == Role::Splitter))
+        else {
+            return Ok(0);
+        };
+        let mut checked = 0;
+        for sector in (0..self.guests).filter(|sector| !self.copy_unsure[*sector]) {
+            let Some(content) = self.history.only(sector) else { continue };
+            let mut bytes = second.sector(sector);
+            for key in self.keys_above(slot) {
+                change(&mut bytes, key, sector as u32);
+            }
+            let copy = parse(&bytes);
+            if copy != content {
+                return Err(format!(
+                    "disk {}: sector {sector} is {content:?}, and its copy {copy:?}",
+                    self.number
+                ));
+            }
+            checked += 1;
+        }
+        Ok(checked)
+    }
+
+    /// The power is cut: worker and guest are gone, and what was not flushed may be.
+    pub fn cut_power(&mut self) {
+        self.medium.cut_power();
+        if let Some(second) = &self.second {
+            second.cut_power();
+        }
+        // Only now: what the media wrote came from the guest's memory.
+        for ring in 0..self.rings.len() {
+            for request in self.rings[ring].reset() {
+                self.forget(&request);
+            }
+        }
+        self.history.cut_power();
+        self.copy_unsure.fill(true);
+        self.suspects.clear();
+        self.excuses.clear();
+    }
+}
+
+/// Whether an error of the medium may be one for this request.
+fn matches(request: &Request, failed: &Failed, covers: bool) -> bool {
+    if request.kind == Kind::Flush || failed.op == Op::Flush {
+        return request.kind == Kind::Flush && failed.op == Op::Flush;
+    }
+    let range: Range = failed.range;
+    let (asked, failed_at) = (&request.sectors, sectors(range));
+    let place = match covers {
+        true => asked.start <= failed_at.start && failed_at.end <= asked.end,
+        false => asked.start < failed_at.end && failed_at.start < asked.end,
+    };
+    place
+        && request.kind.is_modification() == failed.op.is_modification()
+        && (request.kind == Kind::Read) == (failed.op == Op::Read)
+}

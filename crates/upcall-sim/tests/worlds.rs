@@ -1,0 +1,33 @@
+//! Simulated worlds, as many as fit into a minute of an unoptimised build. The long
+//! campaign is the program of this crate.
+
+use upcall_sim::{Campaign, run_world};
+
+/// How many worlds: UPCALL_SIM_SEEDS, or 300.
+fn seeds() -> u64 {
+    match std::env::var("UPCALL_SIM_SEEDS") {
+        Ok(seeds) => seeds.parse().expect("UPCALL_SIM_SEEDS is a number"),
+        Err(_) => 300,
+    }
+}
+
+#[test]
+fn whatever_dies_fails_or_is_slow_data_is_right_and_every_request_ends_once() {
+    if let Ok(seed) = std::env::var("UPCALL_SEED") {
+        let outcome = run_world(seed.parse().expect("UPCALL_SEED is a number"), None, true);
+        assert!(outcome.wrong.is_none(), "seed {seed}: {}", outcome.wrong.unwrap_or_default());
+        return;
+    }
+    let report = Campaign { first: 0, seeds: seeds() }.run();
+    println!("{}", report.ledger());
+    assert!(report.wrong.is_empty(), "{}", report.wrong.join("\n\n"));
+}
+
+#[test]
+fn a_seed_does_the_same_whenever_it_is_run() {
+    for seed in 1..10 {
+        let [first, second] = [(); 2].map(|()| run_world(seed, None, false));
+        assert_eq!(first.digest, second.digest, "seed {seed}");
+        assert!(first.digest.0 > 100, "and it does something");
+    }
+}
