@@ -19,6 +19,7 @@ mod fixture;
 mod load;
 mod memory;
 mod message;
+pub mod nbd;
 mod pattern;
 mod raw;
 mod reference;

@@ -93,6 +93,7 @@ impl Rig {
             read_only: false,
             queues: 1,
             frontend: None,
+            nbd: None,
             chain: chain.iter().enumerate().map(slot).collect(),
         };
         let config =

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use upcall_filterhost::Placement;
+pub use upcall_nbd::TlsFiles;
 pub use upcall_store::Engine;
 
 /// All that one worker serves: the disks of one VM.
@@ -47,13 +48,23 @@ pub struct DiskConfig {
     pub store: StoreConfig,
     /// Refuse writes.
     pub read_only: bool,
-    /// Queues, 1 to 64; each has a thread of its own. 0: the disk is only there for filters
-    /// that are granted it, and has neither a frontend nor a chain.
+    /// Queues, 1 to 64; each has a thread of its own. 0: the disk is only there for NBD
+    /// clients, which have queues of their own, or for filters that are granted it; then it
+    /// has neither a frontend nor a chain.
     pub queues: u16,
     /// Who is served. None: whoever holds the worker, by [`Worker::start_queue`](crate::Worker::start_queue).
     pub frontend: Option<FrontendConfig>,
+    /// Whether NBD clients are served. With a frontend, only if they cannot write.
+    pub nbd: Option<NbdConfig>,
     /// Its filters, in any order: class and number decide.
     pub chain: Vec<SlotConfig>,
+}
+
+impl DiskConfig {
+    /// Threads of the disk: those of its queues, then those of its NBD clients.
+    pub(crate) fn threads(&self) -> u16 {
+        self.queues.saturating_add(self.nbd.as_ref().map_or(0, |nbd| nbd.queues))
+    }
 }
 
 /// Where a disk's data is.
@@ -93,6 +104,43 @@ pub struct FrontendConfig {
     /// Whether the device starts with its write cache on (writes are durable after a
     /// flush) or off (each write is durable when it completes).
     pub write_cache: bool,
+}
+
+/// An NBD export. Disks with the same address are exports of one server.
+pub struct NbdConfig {
+    /// Where clients connect.
+    pub address: NbdAddress,
+    /// The export's name, unique at its address.
+    pub export: String,
+    /// Clients cannot write, however the disk is otherwise.
+    pub read_only: bool,
+    /// Queues, 1 to 64; each has a thread of its own. Connections spread over them.
+    pub queues: u16,
+    /// As [`FrontendConfig::write_cache`].
+    pub write_cache: bool,
+    /// TLS; the same for all disks of the address, as is the next.
+    pub tls: Option<NbdTls>,
+    /// Most connections at a time.
+    pub connections: usize,
+}
+
+/// TLS of an NBD server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTls {
+    /// Its certificates.
+    pub files: TlsFiles,
+    /// Clients must use it.
+    pub required: bool,
+}
+
+/// Where NBD clients connect.
+pub enum NbdAddress {
+    /// A socket to be made at this path, with this mode if given.
+    Unix(PathBuf, Option<u32>),
+    /// HOST:PORT.
+    Tcp(String),
+    /// A socket that was inherited and listens already, and its number.
+    Fd(i32, OwnedFd),
 }
 
 /// A listening socket.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use upcall_chain::ChainError;
 use upcall_filterhost::{FilterError, ParamError};
+use upcall_nbd::{ExportError, TlsError};
 use upcall_store::OpenError;
 use upcall_vhost::{ConfigError, ListenError};
 
@@ -62,6 +63,55 @@ pub enum StartError {
         disk: String,
         /// Why.
         source: ListenError,
+    },
+    /// A disk that a guest writes cannot be written by NBD clients as well. Let one of them
+    /// only read.
+    #[error(
+        "disk {disk}: it cannot be written over vhost-user and over NBD at once: let NBD clients only read (nbd-readonly=on), or leave one out"
+    )]
+    SecondWriter {
+        /// Which disk.
+        disk: String,
+    },
+    /// The address for NBD cannot be listened on.
+    #[error("disk {disk}: NBD: {source}")]
+    NbdListen {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: upcall_nbd::ListenError,
+    },
+    /// Disks of one NBD server want it to be different.
+    #[error(
+        "disk {disk}: other disks are served at the same NBD address with other TLS files or another limit of connections: say the same for all of them"
+    )]
+    NbdShared {
+        /// Which disk.
+        disk: String,
+    },
+    /// Two exports of one NBD server have the same name. Name one of them otherwise.
+    #[error("disk {disk}: there is an export named {export:?} at its NBD address already")]
+    NbdTwice {
+        /// Which disk.
+        disk: String,
+        /// The name.
+        export: String,
+    },
+    /// A name that an NBD export cannot have.
+    #[error("disk {disk}: {source}")]
+    NbdExport {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: ExportError,
+    },
+    /// The certificates cannot be used.
+    #[error("disk {disk}: NBD: {source}")]
+    NbdTls {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: TlsError,
     },
     /// A filter cannot be used.
     #[error("disk {disk}: {source}")]

@@ -24,7 +24,7 @@ fn decide(told: u64, now: u64, has_frontend: bool, has_filters: bool) -> Outcome
             Outcome::Stays("its filters were told a size when they were opened")
         }
         std::cmp::Ordering::Greater if !has_frontend => {
-            Outcome::Stays("it is there for filters, which were told a size when they were opened")
+            Outcome::Stays("who uses it was told a size, and cannot be told another")
         }
         std::cmp::Ordering::Greater => Outcome::Grows,
     }

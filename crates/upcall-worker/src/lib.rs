@@ -19,8 +19,8 @@ mod start;
 mod worker;
 
 pub use config::{
-    DiskConfig, Engine, FrontendConfig, LogLevel, LogSink, Placement, SlotConfig, SocketSource,
-    StoreConfig, WorkerConfig,
+    DiskConfig, Engine, FrontendConfig, LogLevel, LogSink, NbdAddress, NbdConfig, NbdTls,
+    Placement, SlotConfig, SocketSource, StoreConfig, TlsFiles, WorkerConfig,
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;

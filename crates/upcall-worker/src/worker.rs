@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use upcall_block::{DiskInfo, RequestQueue, Store};
+use upcall_nbd::Server;
 use upcall_stats::Page;
 
 use crate::config::{LogLevel, LogSink, WorkerConfig};
@@ -20,6 +21,7 @@ use crate::hosts::{EngineHandle, Supervisor};
 /// but filters are not closed, and nothing is said about the stores.
 pub struct Worker {
     pub(crate) disks: Vec<ServedDisk>,
+    pub(crate) nbd: Vec<Server>,
     pub(crate) supervisor: Supervisor,
     /// Instances by filter host, for closing.
     pub(crate) instances: Vec<Vec<u32>>,
@@ -34,11 +36,14 @@ pub(crate) struct ServedDisk {
     pub(crate) name: Arc<str>,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) info: DiskInfo,
+    pub(crate) queues: u16,
     pub(crate) summary: String,
     pub(crate) chain: Vec<String>,
     /// Dropped before the queue threads that it needs.
     pub(crate) frontend: Option<Frontend>,
     pub(crate) engines: Vec<RunningEngine>,
+    /// Where NBD clients find it, if they do; empty if that is not known.
+    pub(crate) nbd: Option<String>,
 }
 
 /// A queue thread. Dropping it ends it.
@@ -72,8 +77,10 @@ pub struct DiskSummary {
     pub store: String,
     /// Its filters, from the guest to the store.
     pub chain: Vec<String>,
-    /// Queues.
+    /// Queues: of the frontend, or where there is none, of NBD clients.
     pub queues: u16,
+    /// The URI for NBD clients, if they are served; empty if it is not known.
+    pub nbd: Option<String>,
     /// Where QEMU connects, if it is a path.
     pub socket: Option<PathBuf>,
 }
@@ -108,7 +115,8 @@ impl Worker {
             info: disk.info.clone(),
             store: disk.summary.clone(),
             chain: disk.chain.clone(),
-            queues: disk.engines.len() as u16,
+            queues: disk.queues,
+            nbd: disk.nbd.clone(),
             socket: disk.frontend.as_ref().and_then(|frontend| frontend.socket().map(Into::into)),
         };
         self.disks.iter().map(summary).collect()
@@ -151,12 +159,15 @@ impl Worker {
         let mut report = ExitReport::default();
         let mut disks = self.disks;
         // All begin to end before the first is waited for.
+        self.nbd.iter().for_each(Server::end);
         disks.iter().filter_map(|disk| disk.frontend.as_ref()).for_each(Frontend::end);
         disks.iter_mut().for_each(|disk| drop(disk.frontend.take()));
         let engines = disks.iter().flat_map(|disk| &disk.engines);
         let stopping: Vec<StoppingQueue> =
             engines.map(|engine| StoppingQueue::begin(&engine.handle, self.drain_ms)).collect();
         stopping.into_iter().for_each(|stopping| drop(stopping.wait()));
+        // By now everything is answered; clients get it, and are disconnected.
+        drop(self.nbd);
         for engine in disks.iter().flat_map(|disk| &disk.engines) {
             engine.handle.send(Command::WindDown { drain_ms: self.drain_ms });
         }

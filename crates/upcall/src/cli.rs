@@ -71,7 +71,17 @@ pub struct ServeArgs {
     /// serial=TEXT: the disk's serial number, at most 20 bytes (default: its name).
     /// write-cache=on|off: off makes each write durable before it completes (default: on).
     ///
-    /// A disk without socket= and fd= that a filter is granted is there for that filter alone.
+    /// nbd=unix:PATH|HOST:PORT|fd:N: serve it to NBD clients there. Without socket= and fd=,
+    /// only to them. Disks with the same address are exports of one server.
+    /// nbd-export=NAME: the export's name (default: the disk's name).
+    /// nbd-readonly=on|off: NBD clients cannot write (default: off). Needed beside socket= or
+    /// fd=, unless readonly=on.
+    /// nbd-connections=256: most NBD connections at a time; each may take 9 MiB of memory.
+    /// nbd-tls-cert=FILE, nbd-tls-key=FILE: TLS for NBD: the certificate and its key, in PEM.
+    /// nbd-tls-ca=FILE: clients need a certificate that one of these has signed.
+    /// nbd-tls=required|optional: whether clients without TLS are refused (default: required).
+    ///
+    /// A disk without socket=, fd= and nbd= that a filter is granted is there for that filter alone.
     #[arg(long, value_name = "WORDS", required_unless_present = "config",
           value_parser = DiskSpec::from_words, verbatim_doc_comment)]
     pub disk: Vec<DiskSpec>,

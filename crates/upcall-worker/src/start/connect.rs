@@ -78,7 +78,7 @@ pub(super) fn give_arena(
     });
     let issuers: Vec<Option<usize>> = issuers.collect();
     let queue_bytes = ARENA_GUEST + ARENA_ISSUED * issuing;
-    let size = queue_bytes * usize::from(disk.config.queues);
+    let size = queue_bytes * usize::from(disk.config.threads());
     let failed = |source| system(&disk.name, "make an arena", source);
     let fd = memfd("upcall-arena", size).map_err(failed)?;
     let view = read_only_view(&fd).map_err(failed)?;
@@ -114,7 +114,7 @@ pub(super) fn connect_engines(
 ) -> Result<Vec<(EngineHandle, Parts)>, StartError> {
     let disk = &disks[index];
     let mut engines = Vec::new();
-    for queue in 0..disk.config.queues {
+    for queue in 0..disk.config.threads() {
         let failed = |source| system(&disk.name, "make a channel", source);
         let (commands, receiver) = channel();
         let wake = Doorbell::new().map_err(failed)?;

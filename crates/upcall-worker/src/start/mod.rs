@@ -2,6 +2,7 @@
 
 mod chain;
 mod connect;
+mod nbd;
 mod open;
 
 use std::collections::HashSet;
@@ -67,13 +68,16 @@ struct StartingDisk {
 
 /// See [`Worker::start`].
 pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
-    let WorkerConfig { disks, stats, drain_ms, log } = config;
+    let WorkerConfig { mut disks, stats, drain_ms, log } = config;
     check_names(&disks)?;
     let stores = disks.iter().map(|disk| open_store(disk, &log)).collect::<Result<Vec<_>, _>>()?;
+    let nbd_servers = nbd::listen(&mut disks)?;
     let mut hosts: Vec<Starting> = Vec::new();
     let mut starting: Vec<StartingDisk> = Vec::new();
-    let names: Vec<(String, u16, bool)> =
-        disks.iter().map(|disk| (disk.name.clone(), disk.queues, disk.chain.is_empty())).collect();
+    let names: Vec<(String, u16, bool)> = disks
+        .iter()
+        .map(|disk| (disk.name.clone(), disk.threads(), disk.chain.is_empty()))
+        .collect();
     let (mut first_hop, mut next_instance) = (0, 0);
     for (mut config, store) in disks.into_iter().zip(stores) {
         let listener = listen(&mut config)?;
@@ -99,6 +103,7 @@ pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
         });
         first_hop += hops;
     }
+    let nbd_exports = nbd::exports(&nbd_servers, &starting)?;
     let page = make_page(stats, &starting, &hosts)?;
     let orders = SupervisorOrders::new().map_err(|source| system("", "make a doorbell", source))?;
     let mut parts = Vec::new();
@@ -128,7 +133,8 @@ pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
     for (disk, engines) in starting.into_iter().zip(served) {
         disks.push(serve(disk, engines, &filter_names, drain_ms, &log)?);
     }
-    Ok(Worker { disks, supervisor, instances, drain_ms, log, _page: page })
+    let nbd = nbd::serve(nbd_servers, nbd_exports, &mut disks, &log)?;
+    Ok(Worker { disks, nbd, supervisor, instances, drain_ms, log, _page: page })
 }
 
 fn device(
@@ -154,7 +160,7 @@ fn make_page(
             disk: disk.name.to_string(),
             name,
             kind,
-            queues: disk.config.queues,
+            queues: disk.config.threads(),
         };
         specs.push(hop("request".into(), HopKind::Request));
         specs.extend(
@@ -186,9 +192,12 @@ fn check_names(disks: &[DiskConfig]) -> Result<(), StartError> {
         if !seen.insert(&disk.name) {
             return Err(StartError::DuplicateDisk(disk.name.clone()));
         }
-        let least = u16::from(disk.frontend.is_some() || !disk.chain.is_empty());
-        if disk.queues < least || disk.queues > QUEUES_MAX {
-            return Err(StartError::Queues { disk: disk.name.clone(), queues: disk.queues });
+        let alone = disk.nbd.is_none() && !disk.chain.is_empty();
+        let least = u16::from(disk.frontend.is_some() || alone);
+        let nbd_queues = disk.nbd.as_ref().map_or(1, |nbd| nbd.queues);
+        if disk.queues < least || nbd_queues == 0 || disk.threads() > QUEUES_MAX {
+            let queues = disk.threads();
+            return Err(StartError::Queues { disk: disk.name.clone(), queues });
         }
     }
     Ok(())

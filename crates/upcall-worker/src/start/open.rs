@@ -123,7 +123,9 @@ pub(super) fn serve(
     log: &LogSink,
 ) -> Result<ServedDisk, StartError> {
     let info = disk.chain.info().clone();
-    let handles: Vec<EngineHandle> = engines.iter().map(|engine| engine.handle.clone()).collect();
+    let queues = usize::from(disk.config.queues);
+    let handles: Vec<EngineHandle> =
+        engines[..queues].iter().map(|engine| engine.handle.clone()).collect();
     let frontend = match disk.frontend {
         Some((listener, device)) => {
             let name = disk.name.clone();
@@ -134,6 +136,7 @@ pub(super) fn serve(
         None => None,
     };
     Ok(ServedDisk {
+        queues: if disk.config.queues > 0 { disk.config.queues } else { engines.len() as u16 },
         summary: disk.store.describe(),
         chain: disk.slots.iter().map(|slot| filter_names[slot.host].clone()).collect(),
         name: disk.name,
@@ -141,5 +144,6 @@ pub(super) fn serve(
         info,
         engines,
         frontend,
+        nbd: None,
     })
 }

@@ -47,6 +47,7 @@ pub fn memory_disk(name: &str, bytes: u64, chain: Vec<SlotConfig>) -> DiskConfig
         read_only: false,
         queues: 1,
         frontend: None,
+        nbd: None,
         chain,
     }
 }

@@ -139,6 +139,7 @@ fn disks(target: &Target) -> Vec<DiskConfig> {
         read_only: false,
         queues,
         frontend: None,
+        nbd: None,
         chain,
     };
     let granted: Vec<String> =

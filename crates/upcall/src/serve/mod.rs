@@ -75,7 +75,7 @@ fn serve(
         None => {
             let disks = disks(&args, read_config(&args)?.as_deref())?;
             let sockets = plan::sockets(&disks)?;
-            let plan = plan::make(disks, sockets);
+            let plan = plan::make(disks, sockets)?;
             let stats = place_stats(&args, &plan, rustix::process::getpid())?;
             (plan, stats, None)
         }
@@ -88,7 +88,7 @@ fn serve(
                     *socket = Some((SocketSource::Fd(fd), path));
                 }
             }
-            let plan = plan::make(disks, sockets);
+            let plan = plan::make(disks, sockets)?;
             let owner = rustix::process::getppid().unwrap_or(Pid::INIT);
             let stats = place_stats(&args, &plan, owner)?;
             (plan, stats, Some(supervisor))

@@ -20,7 +20,7 @@ pub fn describe(disks: &[DiskSummary], places: &[Place], stats: &Path) -> String
         .zip(places)
         .filter_map(|(disk, place)| match place {
             Place::Path(path) => Some((disk, std::path::absolute(path).unwrap_or(path.clone()))),
-            Place::Inherited | Place::Granted => None,
+            Place::Inherited | Place::Nbd | Place::Granted => None,
         })
         .collect();
     if !served.is_empty() {
@@ -61,6 +61,12 @@ fn describe_disk(text: &mut String, disk: &DiskSummary, place: &Place) {
         Place::Granted => return text.push_str("  for filters that are granted it\n"),
         Place::Path(path) => writeln!(text, "  socket: {}", path.display()),
         Place::Inherited => writeln!(text, "  socket: inherited"),
+        Place::Nbd => Ok(()),
+    };
+    let _ = match disk.nbd.as_deref() {
+        None => Ok(()),
+        Some("") => writeln!(text, "  nbd: inherited"),
+        Some(uri) => writeln!(text, "  nbd: {uri}"),
     };
     let _ = writeln!(text, "  queues: {}", disk.queues);
     let _ = writeln!(text, "  offers: {}", info.ops);
@@ -124,6 +130,7 @@ mod tests {
             store: "raw file a.img".into(),
             chain: vec!["trace".into(), "xor".into()],
             queues: 2,
+            nbd: Some("nbd://localhost:10809/root".into()),
             socket: None,
         }
     }
@@ -135,6 +142,7 @@ mod tests {
         for part in [
             "disk root: raw file a.img, 1 GiB, blocks of 512 bytes, read-only\n",
             "  chain:  guest -> trace -> xor -> store\n",
+            "  nbd: nbd://localhost:10809/root\n",
             "disk copy: ",
             "  for filters that are granted it\n",
             r"-chardev 'socket,id=upcall-root,path=/run/a,, b&'\''c.sock,reconnect=1' \",

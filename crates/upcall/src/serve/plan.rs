@@ -3,17 +3,21 @@
 use std::path::PathBuf;
 
 use upcall_worker::{
-    DiskConfig, Engine, FrontendConfig, Placement, SlotConfig, SocketSource, StoreConfig,
+    DiskConfig, Engine, FrontendConfig, NbdAddress, NbdConfig, NbdTls, Placement, SlotConfig,
+    SocketSource, StoreConfig, TlsFiles,
 };
 
 use super::sockets::{self, HandedOver};
 use super::spec::{DiskSpec, FilterSpec};
+use super::value::{NbdPlace, NbdTlsUse};
 use crate::failure::Failure;
 
 /// Guests with up to four processors get a queue for each; more queues cost a thread each.
 const QUEUES: u16 = 4;
 /// As QEMU's own default for vhost-user-blk has it, doubled: room for indirect descriptors.
 const QUEUE_SIZE: u16 = 256;
+/// Most NBD connections.
+const NBD_CONNECTIONS: u16 = 256;
 const SERIAL_MAX: usize = 20;
 
 /// What a worker is told, and where each disk is found.
@@ -29,12 +33,14 @@ pub enum Place {
     Path(PathBuf),
     /// An inherited socket whose path nobody told us.
     Inherited,
+    /// Only where NBD clients do.
+    Nbd,
     /// It is there for filters alone.
     Granted,
 }
 
 /// Where a disk is listened on, and at which path, if that can be known. None: nowhere, it is
-/// there for filters alone.
+/// there for NBD clients or filters alone.
 pub type Socket = Option<(SocketSource, Option<PathBuf>)>;
 
 /// Where each disk is listened on.
@@ -42,7 +48,9 @@ pub fn sockets(specs: &[DiskSpec]) -> Result<Vec<Socket>, Failure> {
     let granted: Vec<&String> =
         specs.iter().flat_map(|disk| &disk.filter).flat_map(|filter| &filter.grant).collect();
     let is_free = |disk: &DiskSpec| disk.socket.is_none() && disk.fd.is_none();
-    let is_granted = |disk: &DiskSpec| is_free(disk) && granted.contains(&&disk.name);
+    // It has no socket of this kind.
+    let is_granted =
+        |disk: &DiskSpec| disk.is_only_nbd() || is_free(disk) && granted.contains(&&disk.name);
     let wants: Vec<&str> = specs
         .iter()
         .filter(|disk| is_free(disk) && !is_granted(disk))
@@ -60,12 +68,12 @@ pub fn sockets(specs: &[DiskSpec]) -> Result<Vec<Socket>, Failure> {
 }
 
 /// Plans for all disks, `sockets` in their order.
-pub fn make(specs: Vec<DiskSpec>, sockets: Vec<Socket>) -> Plan {
+pub fn make(specs: Vec<DiskSpec>, sockets: Vec<Socket>) -> Result<Plan, Failure> {
     let (mut disks, mut places) = (Vec::new(), Vec::new());
     for (spec, socket) in specs.into_iter().zip(sockets) {
         let Some((socket, path)) = socket else {
-            places.push(Place::Granted);
-            disks.push(disk_of(spec, None, 0));
+            places.push(if spec.nbd.is_some() { Place::Nbd } else { Place::Granted });
+            disks.push(disk_of(spec, None, 0)?);
             continue;
         };
         let frontend = FrontendConfig {
@@ -75,20 +83,61 @@ pub fn make(specs: Vec<DiskSpec>, sockets: Vec<Socket>) -> Plan {
             write_cache: spec.write_cache.is_none_or(|given| given.0),
         };
         places.push(path.map_or(Place::Inherited, Place::Path));
-        disks.push(disk_of(spec, Some(frontend), QUEUES));
+        disks.push(disk_of(spec, Some(frontend), QUEUES)?);
     }
-    Plan { disks, places }
+    Ok(Plan { disks, places })
 }
 
-fn disk_of(spec: DiskSpec, frontend: Option<FrontendConfig>, queues: u16) -> DiskConfig {
-    DiskConfig {
+fn disk_of(
+    spec: DiskSpec,
+    frontend: Option<FrontendConfig>,
+    queues: u16,
+) -> Result<DiskConfig, Failure> {
+    let nbd = nbd_of(&spec)?;
+    // Without another frontend, all queues are for NBD.
+    let given = spec.queues.filter(|_| !spec.is_only_nbd());
+    Ok(DiskConfig {
         store: store_of(&spec),
         read_only: spec.readonly.is_some_and(|given| given.0),
-        queues: spec.queues.map_or(queues, |given| given.0),
+        queues: given.map_or(queues, |given| given.0),
         frontend,
+        nbd,
         chain: spec.filter.into_iter().map(slot_of).collect(),
         name: spec.name,
-    }
+    })
+}
+
+fn nbd_of(spec: &DiskSpec) -> Result<Option<NbdConfig>, Failure> {
+    let Some(place) = &spec.nbd else { return Ok(None) };
+    let address = match &place.0 {
+        NbdPlace::Unix(path) => NbdAddress::Unix(path.clone(), spec.mode.map(|mode| mode.0.0)),
+        NbdPlace::Tcp(address) => NbdAddress::Tcp(address.clone()),
+        NbdPlace::Fd(number) => sockets::inherited(&spec.name, (*number).into())
+            .map(|fd| NbdAddress::Fd((*number).into(), fd))?,
+    };
+    let tls = spec.nbd_tls_cert.as_ref().zip(spec.nbd_tls_key.as_ref());
+    let tls = tls.map(|(certificate, key)| NbdTls {
+        files: TlsFiles {
+            certificate: certificate.clone(),
+            key: key.clone(),
+            client_ca: spec.nbd_tls_ca.clone(),
+        },
+        required: spec.nbd_tls.is_none_or(|given| given.0 == NbdTlsUse::Required),
+    });
+    // Beside a guest, readers share one queue.
+    let queues = match spec.is_only_nbd() {
+        true => spec.queues.map_or(QUEUES, |given| given.0),
+        false => 1,
+    };
+    Ok(Some(NbdConfig {
+        address,
+        export: spec.nbd_export.clone().unwrap_or_else(|| spec.name.clone()),
+        read_only: spec.nbd_readonly.is_some_and(|given| given.0),
+        queues,
+        write_cache: spec.write_cache.is_none_or(|given| given.0),
+        tls,
+        connections: spec.nbd_connections.map_or(NBD_CONNECTIONS, |given| given.0).into(),
+    }))
 }
 
 fn store_of(spec: &DiskSpec) -> StoreConfig {
@@ -133,7 +182,7 @@ mod tests {
 
     fn planned(disks: Vec<DiskSpec>) -> Plan {
         let sockets = sockets(&disks).unwrap();
-        make(disks, sockets)
+        make(disks, sockets).unwrap()
     }
 
     #[test]

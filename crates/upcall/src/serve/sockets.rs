@@ -1,7 +1,7 @@
 //! Which socket each disk listens on: a path, an inherited descriptor, or one that systemd
 //! handed over.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use rustix::net::SocketAddrUnix;
@@ -55,14 +55,16 @@ pub fn of(
         let mode = disk.mode.map(|mode| mode.0.0);
         return Ok((SocketSource::Path(path.clone(), mode), Some(path)));
     };
-    let fd = inherited.open().map_err(|error| {
-        Failure::new(format_args!(
-            "disk {}: descriptor {} was not inherited: {error}",
-            disk.name, inherited.number
-        ))
-    })?;
+    let fd = self::inherited(&disk.name, inherited.number)?;
     let path = bound_path(&fd);
     Ok((SocketSource::Fd(fd), path))
+}
+
+/// An inherited descriptor for `disk`.
+pub fn inherited(disk: &str, number: RawFd) -> Result<OwnedFd, Failure> {
+    Inherited { name: String::new(), number }.open().map_err(|error| {
+        Failure::new(format_args!("disk {disk}: descriptor {number} was not inherited: {error}"))
+    })
 }
 
 /// The path that a socket is bound to.

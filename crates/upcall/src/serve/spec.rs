@@ -9,7 +9,7 @@ use serde::de::value::{Error as WordError, MapDeserializer};
 use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use upcall_worker::{Engine, Placement};
 
-use super::value::{Given, Mode, Raw, Size, Text};
+use super::value::{Given, Mode, NbdPlace, NbdTlsUse, Raw, Size, Text};
 use crate::failure::Failure;
 use crate::words::{self, Word};
 
@@ -34,6 +34,14 @@ pub struct DiskSpec {
     pub engine: Option<Given<Engine>>,
     pub serial: Option<String>,
     pub write_cache: Option<Given<bool>>,
+    pub nbd: Option<Given<NbdPlace>>,
+    pub nbd_export: Option<String>,
+    pub nbd_readonly: Option<Given<bool>>,
+    pub nbd_connections: Option<Given<u16>>,
+    pub nbd_tls_cert: Option<PathBuf>,
+    pub nbd_tls_key: Option<PathBuf>,
+    pub nbd_tls_ca: Option<PathBuf>,
+    pub nbd_tls: Option<Given<NbdTlsUse>>,
     #[serde(default)]
     pub filter: Vec<FilterSpec>,
 }
@@ -66,8 +74,38 @@ impl DiskSpec {
         if self.fd.is_some() && self.mode.is_some() {
             return Err(format!("disk {name}: the mode of an inherited socket is its maker's"));
         }
+        self.check_nbd()?;
         if self.file.is_none() && (self.direct.is_some() || self.engine.is_some()) {
             return Err(format!("disk {name}: direct and engine are for disks with file"));
+        }
+        Ok(())
+    }
+}
+
+impl DiskSpec {
+    /// Whether NBD is the only way to it.
+    pub fn is_only_nbd(&self) -> bool {
+        self.nbd.is_some() && self.socket.is_none() && self.fd.is_none()
+    }
+
+    fn check_nbd(&self) -> Result<(), String> {
+        let name = &self.name;
+        let tls = [&self.nbd_tls_cert, &self.nbd_tls_key, &self.nbd_tls_ca];
+        let has_tls = tls.iter().any(|file| file.is_some()) || self.nbd_tls.is_some();
+        let has_others = self.nbd_export.is_some()
+            || self.nbd_readonly.is_some()
+            || self.nbd_connections.is_some();
+        if self.nbd.is_none() && (has_tls || has_others) {
+            return Err(format!("disk {name}: nbd-... is for disks with nbd=ADDRESS"));
+        }
+        if has_tls && (self.nbd_tls_cert.is_none() || self.nbd_tls_key.is_none()) {
+            return Err(format!("disk {name}: TLS takes both nbd-tls-cert and nbd-tls-key"));
+        }
+        if self.nbd_connections == Some(Given(0)) {
+            return Err(format!("disk {name}: nbd-connections must be at least 1"));
+        }
+        if self.is_only_nbd() && (self.queue_size.is_some() || self.serial.is_some()) {
+            return Err(format!("disk {name}: queue-size and serial are for vhost-user, not NBD"));
         }
         Ok(())
     }
@@ -233,6 +271,14 @@ mod tests {
         assert_eq!((disk.direct, disk.readonly), (Some(Given(false)), Some(Given(true))));
         assert_eq!(disk.engine, Some(Given(Engine::Threads)));
         assert_eq!(disk.write_cache, Some(Given(false)));
+        let disk = DiskSpec::from_words(
+            "name=n,memory=1G,nbd=[::1]:10809,nbd-export=x,nbd-readonly=on,nbd-connections=9,\
+             nbd-tls-cert=c,nbd-tls-key=k,nbd-tls-ca=a,nbd-tls=optional",
+        )
+        .unwrap();
+        assert_eq!(disk.nbd, Some(Given(NbdPlace::Tcp("[::1]:10809".into()))));
+        assert_eq!(disk.nbd_tls, Some(Given(NbdTlsUse::Optional)));
+        assert!(disk.is_only_nbd());
         let disk = DiskSpec::from_words("name=m,memory=1G,fd=3").unwrap();
         assert_eq!((disk.memory, disk.fd), (Some(Given(Size(1 << 30))), Some(Given(3))));
     }
@@ -256,6 +302,14 @@ mod tests {
             ("name=r,file=a,fd=3,mode=0600", "mode of an inherited socket"),
             ("name=r,file=a,filter=x", "filter"),
             ("name=r,,file=a", "has no data"),
+            ("name=r,file=a,nbd=nowhere", "nbd: \"nowhere\""),
+            ("name=r,file=a,nbd=host:port", "nbd: \"host:port\""),
+            ("name=r,file=a,nbd=fd:x", "nbd: \"fd:x\""),
+            ("name=r,file=a,nbd-export=x", "for disks with nbd=ADDRESS"),
+            ("name=r,file=a,nbd=unix:s,nbd-tls-cert=c", "both nbd-tls-cert and nbd-tls-key"),
+            ("name=r,file=a,nbd=unix:s,nbd-tls=optional", "both nbd-tls-cert and nbd-tls-key"),
+            ("name=r,file=a,nbd=unix:s,nbd-connections=0", "at least 1"),
+            ("name=r,file=a,nbd=unix:s,serial=x", "for vhost-user"),
         ] {
             let said = DiskSpec::from_words(words).unwrap_err();
             assert!(said.contains(says), "{words}: {said}");

@@ -25,7 +25,7 @@ pub fn place(given: Option<PathBuf>, disks: &[Place], owner: Pid) -> Result<Path
 fn usual(disks: &[Place], owner: Pid) -> PathBuf {
     let sockets = disks.iter().filter_map(|place| match place {
         Place::Path(path) => Some(path),
-        Place::Inherited | Place::Granted => None,
+        Place::Inherited | Place::Nbd | Place::Granted => None,
     });
     match sockets.into_iter().next() {
         Some(path) => {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::path::PathBuf;
 
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
@@ -146,6 +147,51 @@ impl Value for upcall_worker::Placement {
             "isolated" => Ok(Self::Isolated),
             "inline" => Ok(Self::Inline),
             _ => Err(format!("{text:?} is neither isolated nor inline")),
+        }
+    }
+}
+
+/// Where NBD clients connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NbdPlace {
+    Unix(PathBuf),
+    Tcp(String),
+    /// An inherited socket.
+    Fd(u16),
+}
+
+impl Value for NbdPlace {
+    fn from_text(text: &str) -> Result<NbdPlace, String> {
+        let wrong =
+            || format!("{text:?} is no address for NBD: write unix:PATH, HOST:PORT or fd:NUMBER");
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err(wrong()) } else { Ok(NbdPlace::Unix(path.into())) };
+        }
+        if let Some(number) = text.strip_prefix("fd:") {
+            return number.parse().map(NbdPlace::Fd).map_err(|_| wrong());
+        }
+        match text.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
+                Ok(NbdPlace::Tcp(text.to_owned()))
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+/// Whether NBD clients must use TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NbdTlsUse {
+    Required,
+    Optional,
+}
+
+impl Value for NbdTlsUse {
+    fn from_text(text: &str) -> Result<NbdTlsUse, String> {
+        match text {
+            "required" => Ok(NbdTlsUse::Required),
+            "optional" => Ok(NbdTlsUse::Optional),
+            _ => Err(format!("{text:?} is neither required nor optional")),
         }
     }
 }
