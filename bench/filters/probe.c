@@ -8,8 +8,6 @@
  *     watch     pass, and see the completion
  *     hold      later, from a thread of its own that polls for what is held
  *     blocking  later, from one of the framework's threads, which sleep
- *     hang      never, from the first write to offset 0 on
- *     crash     by ending the process, on the first write to offset 0
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,7 +17,6 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include <upcall/filter.h>
 
@@ -42,7 +39,7 @@
 #define CHANGES 0
 #endif
 
-enum mode { PASS, WATCH, HOLD, BLOCKING, HANG, CRASH };
+enum mode { PASS, WATCH, HOLD, BLOCKING };
 
 static const struct upcall_services *up;
 
@@ -80,7 +77,7 @@ static void *answer_held(void *arg) {
 }
 
 static enum mode mode_of(const char *text) {
-    static const char *const names[] = { "pass", "watch", "hold", "blocking", "hang", "crash" };
+    static const char *const names[] = { "pass", "watch", "hold", "blocking" };
     for (uint32_t i = 0; i < sizeof(names) / sizeof(*names); i++)
         if (strcmp(text, names[i]) == 0)
             return (enum mode)i;
@@ -159,16 +156,6 @@ static uint32_t probe_start(void *self, struct upcall_request *req) {
         return hold(p, req);
     case BLOCKING:
         return up->run_blocking(p->inst, answer_blocking, req) ? UPCALL_PASS : UPCALL_HOLD;
-    case HANG:
-        /* A write to the first block says when: this thread then answers nothing more. */
-        if (req->op == UPCALL_WRITE && req->offset == 0 && !(req->flags & UPCALL_REQ_RETRY))
-            for (;;)
-                pause();
-        return UPCALL_PASS;
-    case CRASH:
-        if (req->op == UPCALL_WRITE && req->offset == 0 && !(req->flags & UPCALL_REQ_RETRY))
-            abort();
-        return UPCALL_PASS;
     case PASS:
         break;
     }
@@ -190,7 +177,7 @@ static uint32_t probe_done(void *self, struct upcall_request *req) {
 static const struct upcall_param params[] = {
     { .size = sizeof(struct upcall_param), .type = UPCALL_PARAM_CHOICE, .name = "mode",
       .doc = "What to answer.", .default_value = "pass",
-      .choices = "pass|watch|hold|blocking|hang|crash" },
+      .choices = "pass|watch|hold|blocking" },
 };
 
 UPCALL_EXPORT_FILTER = {

@@ -72,12 +72,16 @@ impl Filters {
         };
         let target = self.folder.join(format!("{word}-{width}-{number}.so"));
         let root = root();
+        let source = root.join("bench/filters/probe.c");
+        if is_newer(&target, &[&source, &root.join("sdk/c/include/upcall/filter.h")]) {
+            return Ok(target);
+        }
         let mut cc = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
         cc.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]);
         cc.arg(format!("-m{width}")).args(declares);
         cc.arg(format!("-DNAME=\"bench-{word}-{number}\""));
         cc.arg(format!("-I{}", root.join("sdk/c/include").display()));
-        cc.arg("-o").arg(&target).arg(root.join("bench/filters/probe.c"));
+        cc.arg("-o").arg(&target).arg(source);
         match cc.output() {
             Ok(output) if output.status.success() => Ok(target),
             Ok(output) => Err(format!(
@@ -87,6 +91,13 @@ impl Filters {
             Err(error) => Err(format!("no C compiler: {cc:?}: {error}")),
         }
     }
+}
+
+/// Whether a file is there and newer than all that it is made of.
+fn is_newer(target: &Path, sources: &[&Path]) -> bool {
+    let changed = |path: &Path| path.metadata().and_then(|metadata| metadata.modified()).ok();
+    let built = changed(target);
+    built.is_some() && sources.iter().all(|source| changed(source) < built)
 }
 
 /// The top of the source tree.

@@ -6,7 +6,9 @@
 //! figure stands how the sides waited and what processor time every process used.
 //!
 //! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone),
-//!   [`path`] (whole disks, beside qemu-storage-daemon). Each is a [`Bench`].
+//!   [`path`] (whole disks, beside qemu-storage-daemon), [`nbd`] (beside nbdkit), [`idle`],
+//!   [`stalls`]. Each is a
+//!   [`Bench`].
 //! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
 //!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
 //! * What comes out: [`report`].
@@ -17,11 +19,14 @@
 pub mod filters;
 pub mod floor;
 pub mod histogram;
+pub mod idle;
 pub mod machine;
 pub mod measure;
+pub mod nbd;
 pub mod path;
 pub mod process;
 pub mod report;
+pub mod stalls;
 pub mod upcall;
 
 use measure::{Effort, Section};
@@ -41,4 +46,7 @@ pub const ALL: &[Bench] = &[
     Bench { name: "floor", about: "what this machine can do at best", run: floor::run },
     Bench { name: "upcall", about: "a filter alone, without a client", run: upcall::run },
     Bench { name: "path", about: "whole disks, beside qemu-storage-daemon", run: path::run },
+    Bench { name: "nbd", about: "NBD, beside nbdkit and qemu-nbd", run: nbd::run },
+    Bench { name: "idle", about: "disks at rest, and their start", run: idle::run },
+    Bench { name: "stalls", about: "what a guest feels when something dies", run: stalls::run },
 ];

@@ -9,7 +9,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -50,6 +50,11 @@ const INDIRECT: u16 = 4;
 
 /// Features of the protocol: several queues, acknowledged messages, configuration.
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9;
+/// The device tells what it has in flight.
+const PROTOCOL_INFLIGHT: u64 = 1 << 12;
+
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
 
 /// How a client waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,16 +85,38 @@ pub struct Load {
 
 /// A connection with queues of its own. One thread drives each queue.
 pub struct Client {
-    _connection: Connection,
+    link: Link,
     queues: Vec<Queue>,
 }
 
-/// One queue.
-struct Queue {
+/// The connection, which can be made anew while the queues' threads run.
+pub struct Link {
+    path: PathBuf,
+    connection: Connection,
     memory: Arc<SharedMemory>,
+    places: Vec<Arc<Place>>,
+    /// What the device asked us to keep: what it had in flight, for the next device.
+    inflight: Option<Inflight>,
+}
+
+struct Inflight {
+    fd: OwnedFd,
+    /// Size, offset, queues and queue size, as in the message that brought it.
+    words: Vec<u8>,
+}
+
+/// Where a queue is, and its bells.
+struct Place {
     base: usize,
     kick: OwnedFd,
     call: OwnedFd,
+}
+
+/// One queue, as its thread has it.
+struct Queue {
+    memory: Arc<SharedMemory>,
+    place: Arc<Place>,
+    base: usize,
     avail_index: u16,
     used_index: u16,
     capacity: u64,
@@ -101,44 +128,49 @@ struct Queue {
 impl Client {
     /// Connects and starts `queues` queues. `capacity`: bytes of the disk to use.
     pub fn connect(path: &Path, queues: usize, capacity: u64) -> io::Result<Client> {
-        let mut connection = Connection::open(path)?;
-        connection.command(request::SET_OWNER, &[], &[])?;
-        let offered = connection.ask(request::GET_FEATURES, &[])?.u64()?;
-        let features = feature::VERSION_1
-            | feature::PROTOCOL_FEATURES
-            | feature::INDIRECT_DESC
-            | feature::EVENT_IDX
-            | (offered & (feature::MQ | feature::FLUSH));
-        if offered & features != features {
-            return Err(io::Error::other("the server lacks a feature that Linux uses"));
-        }
-        connection.command(request::SET_PROTOCOL_FEATURES, &PROTOCOL.to_le_bytes(), &[])?;
-        connection.acks = true;
-        connection.command(request::SET_FEATURES, &features.to_le_bytes(), &[])?;
         let memory = Arc::new(SharedMemory::new(queues * QUEUE_BYTES));
-        let mut table = Vec::new();
-        table.extend_from_slice(&1u32.to_le_bytes());
-        table.extend_from_slice(&0u32.to_le_bytes());
-        for word in [GUEST, memory.len() as u64, memory.address(), 0] {
-            table.extend_from_slice(&word.to_le_bytes());
-        }
-        connection.command(request::SET_MEM_TABLE, &table, &[memory.fd()])?;
-        let start = |number| Queue::start(&connection, &memory, number, capacity);
-        let queues = (0..queues).map(start).collect::<io::Result<_>>()?;
-        Ok(Client { _connection: connection, queues })
+        let place = |number| Place::new(&memory, number).map(Arc::new);
+        let places = (0..queues).map(place).collect::<io::Result<Vec<_>>>()?;
+        let connection = Connection::open(path)?;
+        let mut link = Link { path: path.to_owned(), connection, memory, places, inflight: None };
+        link.greet()?;
+        let queue = |(number, place): (usize, &Arc<Place>)| Queue {
+            memory: link.memory.clone(),
+            place: place.clone(),
+            base: place.base,
+            avail_index: 0,
+            used_index: 0,
+            capacity,
+            random: 0x9e37_79b9_7f4a_7c15 + number as u64,
+            looks: 0,
+        };
+        let queues = link.places.iter().enumerate().map(queue).collect();
+        Ok(Client { link, queues })
     }
 
     /// Runs a load on its queues, each in a thread of its own. `patience`: how long a request
     /// may take before the round fails.
     pub fn run(&mut self, load: Load, patience: Duration) -> Result<Round, String> {
-        let used = self.queues.iter_mut().take(load.queues);
-        let rounds: Vec<Result<Round, String>> = std::thread::scope(|scope| {
+        self.run_while(load, patience, |_| ()).map(|(round, ())| round)
+    }
+
+    /// As [`run`](Self::run), with something else done meanwhile.
+    pub fn run_while<T>(
+        &mut self,
+        load: Load,
+        patience: Duration,
+        meanwhile: impl FnOnce(&mut Link) -> T,
+    ) -> Result<(Round, T), String> {
+        let Client { link, queues } = self;
+        let (rounds, result) = std::thread::scope(|scope| {
             let run = |queue| scope.spawn(move || Queue::run(queue, load, patience));
-            let threads: Vec<_> = used.map(run).collect();
+            let threads: Vec<_> = queues.iter_mut().take(load.queues).map(run).collect();
+            let result = meanwhile(link);
             let ended = |thread: std::thread::ScopedJoinHandle<'_, _>| {
                 thread.join().unwrap_or_else(|_| Err("a client thread panicked".into()))
             };
-            threads.into_iter().map(ended).collect()
+            let rounds: Vec<Result<Round, String>> = threads.into_iter().map(ended).collect();
+            (rounds, result)
         });
         let mut sum = Round::default();
         let mut client = Used::default();
@@ -151,54 +183,119 @@ impl Client {
             client = round.used.iter().fold(client, |sum, (_, used)| sum.and(*used));
         }
         sum.used = vec![(CLIENT.into(), client)];
-        Ok(sum)
+        Ok((sum, result))
     }
 }
 
-impl Queue {
-    fn start(
-        connection: &Connection,
-        memory: &Arc<SharedMemory>,
-        number: usize,
-        capacity: u64,
-    ) -> io::Result<Queue> {
-        let base = number * QUEUE_BYTES;
-        let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let queue = Queue {
-            memory: memory.clone(),
-            base,
-            kick: bell()?,
-            call: bell()?,
-            avail_index: 0,
-            used_index: 0,
-            capacity,
-            random: 0x9e37_79b9_7f4a_7c15 + number as u64,
-            looks: 0,
-        };
-        // Nobody shall pay for first touches of memory while it is measured.
-        memory.write(base, &vec![1; QUEUE_BYTES]);
-        memory.write(base, &vec![0; RING_BYTES + HEADS_BYTES]);
+impl Link {
+    /// Whether the device keeps track of what is in flight, so that another can go on.
+    pub fn outlives_the_device(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    /// Connects to the next device after one has died, as QEMU does, and hands it what was in
+    /// flight; tries again at once until it is there.
+    pub fn reconnect(&mut self, patience: Duration) -> Result<(), String> {
+        let end = Instant::now() + patience;
+        loop {
+            let connected = Connection::open(&self.path).and_then(|connection| {
+                self.connection = connection;
+                self.greet()
+            });
+            match connected {
+                Ok(()) => break,
+                Err(error) if Instant::now() > end => return Err(format!("no device: {error}")),
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        for place in &self.places {
+            // What was made available while nobody looked.
+            let _ = rustix::io::write(&place.kick, &1u64.to_ne_bytes());
+        }
+        Ok(())
+    }
+
+    /// All messages from the first to the last queue's start.
+    fn greet(&mut self) -> io::Result<()> {
+        let connection = &mut self.connection;
+        connection.command(request::SET_OWNER, &[], &[])?;
+        let offered = connection.ask(request::GET_FEATURES, &[])?.u64()?;
+        let features = feature::VERSION_1
+            | feature::PROTOCOL_FEATURES
+            | feature::INDIRECT_DESC
+            | feature::EVENT_IDX
+            | (offered & (feature::MQ | feature::FLUSH));
+        if offered & features != features {
+            return Err(io::Error::other("the server lacks a feature that Linux uses"));
+        }
+        let offered = connection.ask(request::GET_PROTOCOL_FEATURES, &[])?.u64()?;
+        let protocol = PROTOCOL | offered & PROTOCOL_INFLIGHT;
+        connection.command(request::SET_PROTOCOL_FEATURES, &protocol.to_le_bytes(), &[])?;
+        connection.acks = true;
+        connection.command(request::SET_FEATURES, &features.to_le_bytes(), &[])?;
+        if protocol & PROTOCOL_INFLIGHT != 0 {
+            self.exchange_inflight()?;
+        }
+        let mut table = [1u32.to_le_bytes(), 0u32.to_le_bytes()].concat();
+        for word in [GUEST, self.memory.len() as u64, self.memory.address(), 0] {
+            table.extend_from_slice(&word.to_le_bytes());
+        }
+        self.connection.command(request::SET_MEM_TABLE, &table, &[self.memory.fd()])?;
+        (0..self.places.len()).try_for_each(|number| self.start(number))
+    }
+
+    fn exchange_inflight(&mut self) -> io::Result<()> {
+        let queues = self.places.len() as u16;
+        if self.inflight.is_none() {
+            let asked =
+                [&[0; 16][..], &queues.to_le_bytes(), &RING_SIZE.to_le_bytes(), &[0; 4]].concat();
+            let mut reply = self.connection.ask(GET_INFLIGHT_FD, &asked)?;
+            let fd = reply.fds.pop().ok_or_else(|| io::Error::other("no memory for in-flight"))?;
+            self.inflight = Some(Inflight { fd, words: reply.payload });
+        }
+        match &self.inflight {
+            Some(kept) => self.connection.command(SET_INFLIGHT_FD, &kept.words, &[kept.fd.as_fd()]),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts a queue where the used ring is.
+    fn start(&self, number: usize) -> io::Result<()> {
+        let Link { connection, memory, .. } = self;
+        let place = &self.places[number];
         let index = number as u32;
         let state = |request, value: u32| {
             let payload = [index.to_le_bytes(), value.to_le_bytes()].concat();
             connection.command(request, &payload, &[])
         };
         state(request::SET_VRING_NUM, RING_SIZE.into())?;
-        state(request::SET_VRING_BASE, 0)?;
+        state(request::SET_VRING_BASE, memory.load_u16(place.base + USED_AT + 2).into())?;
         let mut payload = [index.to_le_bytes(), [0; 4]].concat();
         for at in [DESCRIPTORS_AT, USED_AT, AVAIL_AT] {
-            let address = memory.address() + (base + at) as u64;
+            let address = memory.address() + (place.base + at) as u64;
             payload.extend_from_slice(&address.to_le_bytes());
         }
         payload.extend_from_slice(&[0; 8]);
         connection.command(request::SET_VRING_ADDR, &payload, &[])?;
         let number = u64::from(index).to_le_bytes();
-        connection.command(request::SET_VRING_CALL, &number, &[queue.call.as_fd()])?;
-        connection.command(request::SET_VRING_KICK, &number, &[queue.kick.as_fd()])?;
-        state(request::SET_VRING_ENABLE, 1)?;
-        Ok(queue)
+        connection.command(request::SET_VRING_CALL, &number, &[place.call.as_fd()])?;
+        connection.command(request::SET_VRING_KICK, &number, &[place.kick.as_fd()])?;
+        state(request::SET_VRING_ENABLE, 1)
     }
+}
 
+impl Place {
+    fn new(memory: &SharedMemory, number: usize) -> io::Result<Place> {
+        let base = number * QUEUE_BYTES;
+        // Nobody shall pay for first touches of memory while it is measured.
+        memory.write(base, &vec![1; QUEUE_BYTES]);
+        memory.write(base, &vec![0; RING_BYTES + HEADS_BYTES]);
+        let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Place { base, kick: bell()?, call: bell()? })
+    }
+}
+
+impl Queue {
     fn run(queue: &mut Queue, load: Load, patience: Duration) -> Result<Round, String> {
         let depth = load.depth.min(DEPTH_MAX).min(DATA_BYTES / load.length as usize);
         let before = Used::by_this_thread();
@@ -311,7 +408,7 @@ impl Queue {
         let event = self.memory.load_u16(event_at);
         let new = self.avail_index;
         if new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(first) {
-            let _ = rustix::io::write(&self.kick, &1u64.to_ne_bytes());
+            let _ = rustix::io::write(&self.place.kick, &1u64.to_ne_bytes());
         }
     }
 
@@ -347,7 +444,7 @@ impl Queue {
             return;
         }
         let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        let _ = poll(&mut [PollFd::new(&self.call, PollFlags::IN)], Some(&timeout));
-        let _ = rustix::io::read(&self.call, &mut [0u8; 8]);
+        let _ = poll(&mut [PollFd::new(&self.place.call, PollFlags::IN)], Some(&timeout));
+        let _ = rustix::io::read(&self.place.call, &mut [0u8; 8]);
     }
 }

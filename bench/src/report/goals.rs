@@ -8,7 +8,7 @@ use super::Report;
 use super::page::{amount, times};
 use crate::measure::{Metric, Spread, Unit};
 use crate::path::servers::Disk;
-use crate::{floor, path, upcall};
+use crate::{floor, idle, nbd, path, stalls, upcall};
 
 struct Goal {
     what: &'static str,
@@ -122,6 +122,72 @@ const GOALS: &[Goal] = &[
             Some((format!("{sleeps:.2}"), sleeps <= 3.1))
         },
     },
+    Goal {
+        what: "one filter over vhost-user against nbdkit with one over its socket: reads, 32 in flight",
+        goal: "≥ 5 × the rate",
+        reached: |report| {
+            let of = |side| metric(report, "nbd", &nbd::case(true, 32), side, "rate");
+            let ratio = Spread::of_ratios(of(nbd::VHOST)?, of(nbd::PEER)?)?;
+            Some((format!("{} ×", times(ratio)), ratio.median >= 5.0))
+        },
+    },
+    Goal {
+        what: "idle disk with two filters: processor, worker, filter host",
+        goal: "0 % of a core; ≤ 8 MiB and ≤ 2 MiB resident",
+        reached: |report| {
+            let of = |name: &str| {
+                Some(metric(report, "idle", idle::AT_REST, idle::ONE, name)?.spread().median)
+            };
+            let (cores, worker, host) =
+                (of("cores")?, of("worker resident")?, of("filter host resident")?);
+            let figures = format!(
+                "{:.2} %; {}, {}",
+                100.0 * cores,
+                amount(worker, Unit::Kibibytes),
+                amount(host, Unit::Kibibytes)
+            );
+            Some((figures, cores < 0.0005 && worker <= 8192.0 && host <= 2048.0))
+        },
+    },
+    Goal {
+        what: "100 idle disks start",
+        goal: "≤ 2 s",
+        reached: |report| {
+            let of =
+                |side| Some(metric(report, "idle", idle::START, side, "took")?.spread().median);
+            let disks_ns = of(idle::MANY_DISKS)?;
+            let workers_ns = of(idle::MANY_WORKERS);
+            let mut figures = format!("in one worker {}", amount(disks_ns, Unit::Nanoseconds));
+            if let Some(ns) = workers_ns {
+                figures += &format!(", in 100 workers {}", amount(ns, Unit::Nanoseconds));
+            }
+            Some((figures, disks_ns.max(workers_ns.unwrap_or(0.0)) <= 2e9))
+        },
+    },
+    Goal {
+        what: "stall when a filter is killed",
+        goal: "p99 ≤ 20 ms, no error",
+        reached: |report| stall(report, stalls::CRASH, 20e6),
+    },
+    Goal {
+        what: "stall when a filter stands still",
+        goal: "p99 ≤ its deadline + 20 ms, no error",
+        reached: |report| stall(report, stalls::HANG, 20e6 + stalls::DEADLINE.as_nanos() as f64),
+    },
+    Goal {
+        what: "stall when the worker is killed",
+        goal: "p99 ≤ 1 s beyond the client's reconnect interval, no error",
+        reached: |report| stall(report, stalls::WORKER, 1e9),
+    },
+    Goal {
+        what: "p99 of a disk while a filter of its neighbour crashes again and again",
+        goal: "≤ 2 × its normal",
+        reached: |report| {
+            let of = |side| metric(report, "stalls", stalls::NEIGHBOUR, side, "p99");
+            let ratio = Spread::of_ratios(of(stalls::CRASH_LOOP)?, of(stalls::NORMAL)?)?;
+            Some((format!("{} ×", times(ratio)), ratio.median <= 2.0))
+        },
+    },
 ];
 
 fn metric<'a>(
@@ -148,6 +214,16 @@ fn upcall_to_cache_line(report: &Report, quantile: &str, most: f64) -> Option<(S
         amount(line.spread().median, Unit::Nanoseconds)
     );
     Some((figures, ratio.median <= most))
+}
+
+fn stall(report: &Report, case: &str, most_ns: f64) -> Option<(String, bool)> {
+    let of = |name| Some(metric(report, "stalls", case, "1 filter", name)?.spread().median);
+    let (p50, p99, max) = (of("stall p50")?, of("stall p99")?, of("stall max")?);
+    let (deaths, errors) = (of("deaths")?, of("requests that failed")?);
+    let [p50, p99_text, max] = [p50, p99, max].map(|ns| amount(ns, Unit::Nanoseconds));
+    let figures =
+        format!("p50 {p50}, p99 {p99_text}, max {max}; {deaths} deaths, {errors} requests failed");
+    Some((figures, p99 <= most_ns && errors == 0.0))
 }
 
 fn null_read(depth: usize) -> String {

@@ -76,29 +76,7 @@ impl Rig {
     pub fn start(chain: &[Link]) -> Result<Rig, String> {
         let before: BTreeSet<u32> = process::children(std::process::id()).into_iter().collect();
         let log = Log::default();
-        let slot = |(order, link): (usize, &Link)| SlotConfig {
-            filter: link.filter.clone(),
-            order: order as i32,
-            placement: link.placement,
-            params: link
-                .mode
-                .map(|mode| ("mode".to_owned(), mode.to_owned()))
-                .into_iter()
-                .collect(),
-            grants: Vec::new(),
-        };
-        let disk = DiskConfig {
-            name: "bench".into(),
-            store: StoreConfig::Null { bytes: CAPACITY },
-            read_only: false,
-            queues: 1,
-            frontend: None,
-            nbd: None,
-            chain: chain.iter().enumerate().map(slot).collect(),
-        };
-        let config =
-            WorkerConfig { disks: vec![disk], stats: None, drain_ms: 1000, log: log.sink() };
-        let worker = Worker::start(config).map_err(|error| error.to_string())?;
+        let worker = worker(chain, log.sink())?;
         let hosts: Vec<(String, u32)> = process::children(std::process::id())
             .into_iter()
             .filter(|pid| !before.contains(pid))
@@ -146,6 +124,28 @@ impl Rig {
         let ended = self.handle.end(plan.slice + PATIENCE);
         ended.ok_or_else(|| format!("a round does not end: {}", self.log.text()))
     }
+}
+
+/// A worker with one null disk of one queue, behind this chain.
+pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
+    let slot = |(order, link): (usize, &Link)| SlotConfig {
+        filter: link.filter.clone(),
+        order: order as i32,
+        placement: link.placement,
+        params: link.mode.map(|mode| ("mode".to_owned(), mode.to_owned())).into_iter().collect(),
+        grants: Vec::new(),
+    };
+    let disk = DiskConfig {
+        name: "bench".into(),
+        store: StoreConfig::Null { bytes: CAPACITY },
+        read_only: false,
+        queues: 1,
+        frontend: None,
+        nbd: None,
+        chain: chain.iter().enumerate().map(slot).collect(),
+    };
+    let config = WorkerConfig { disks: vec![disk], stats: None, drain_ms: 1000, log };
+    Worker::start(config).map_err(|error| error.to_string())
 }
 
 impl Drop for Rig {

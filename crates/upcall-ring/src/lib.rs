@@ -19,6 +19,8 @@ mod buffers;
 // Under loom the ring's atomics are not those of shared memory.
 #[cfg(not(loom))]
 pub mod channel;
+#[cfg(feature = "counting")]
+pub mod counting;
 mod doorbell;
 mod inbox;
 mod mapping;

@@ -191,6 +191,8 @@ impl Drop for Mapping {
 /// `from` and `into` are valid for `length` bytes and do not overlap. One of them may be
 /// changed by another process meanwhile: then the bytes copied are old, new or torn.
 pub(crate) unsafe fn copy(from: *const u8, into: *mut u8, length: usize) {
+    #[cfg(feature = "counting")]
+    crate::counting::count(length);
     // The compiler could only misuse a race that it can see, between threads of this
     // process; it sees none, and a memmove is one opaque call to it. As vm-memory does for
     // long copies. Values are checked by the caller after the copy, never in place.
