@@ -252,6 +252,30 @@ impl Flight {
         })
     }
 
+    /// The filter of `slot` is skipped: its host is gone, and its policy says so. On the way
+    /// down the request goes on and the filter is not told of the completion; on the way up
+    /// the status goes on as it is. After a cancel it goes up. Changes nothing for a flight
+    /// that does not wait on the slot. Never for a filter that decides data: that is the
+    /// worker's bug, and a panic in debug builds.
+    pub fn handle_skip(&mut self, chain: &Chain, slot: SlotIndex) -> Step {
+        debug_assert!(!chain.spec(slot).decides_data(), "skipped a filter that decides data");
+        if self.has_ended() {
+            return Step::ignored(Violation::Ended);
+        }
+        if !self.is_waiting_on(slot) {
+            return Step::to(Action::Wait);
+        }
+        Step::to(match self.place {
+            Place::Down(_) if !self.cancelled => self.go_down(),
+            _ => self.go_up(),
+        })
+    }
+
+    /// Whether it is on its way up.
+    pub fn goes_up(&self) -> bool {
+        matches!(self.place, Place::Up(_) | Place::Ended)
+    }
+
     /// What the verdict of the slot that it waits on breaks. After a cancel a filter
     /// answers in its own way, and only what is no answer is a violation.
     fn violation_of(&self, chain: &Chain, slot: SlotIndex, verdict: Verdict) -> Option<Violation> {
@@ -642,6 +666,27 @@ mod tests {
         let _ = walk.flight.handle_cancel();
         assert_eq!(walk.flight.handle_restart(slot(1)).action, done(0, CANCELED));
         assert_eq!(walk.flight.handle_restart(slot(0)).action, done(0, CANCELED));
+    }
+
+    #[test]
+    fn a_skipped_filter_is_asked_on_neither_way_and_changes_nothing() {
+        let mut walk = Walk::watched::<3>(1);
+        let skip = |walk: &mut Walk, index| walk.flight.handle_skip(&walk.chain, slot(index));
+        assert_eq!(skip(&mut walk, 0).action, Action::Wait, "it does not wait on that one");
+        assert_eq!(skip(&mut walk, 1).action, start(2));
+        assert_eq!(walk.says(2, Verdict::Watch), Action::Store);
+        assert_eq!(walk.flight.handle_store(NO_SPACE).action, done(2, NO_SPACE));
+        assert!(walk.flight.goes_up());
+        assert_eq!(skip(&mut walk, 2).action, done(0, NO_SPACE), "and never slot 1");
+        assert_eq!(skip(&mut walk, 0).action, Action::Complete(NO_SPACE));
+    }
+
+    #[test]
+    fn a_skipped_request_that_was_cancelled_goes_up() {
+        let mut walk = Walk::watched::<2>(1);
+        let _ = walk.flight.handle_cancel();
+        let step = walk.flight.handle_skip(&walk.chain, slot(1));
+        assert_eq!(step.action, done(0, CANCELED));
     }
 
     #[test]

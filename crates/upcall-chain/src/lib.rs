@@ -3,7 +3,8 @@
 //! A [`Chain`] is the make-up of one disk's chain: which filter stands where, who is asked
 //! for what, and what the guest is offered. A [`Flight`] is one request on its way through
 //! a chain; it says what happens next and never does it. A [`Join`] puts the parts of a
-//! request together that had to be cut. No syscalls, no clock, no locks, no unsafe.
+//! request together that had to be cut. [`OnFailure`] and [`Recovery`] say what becomes of
+//! requests, and of the filter host, when one fails. No syscalls, no clock, no locks, no unsafe.
 //!
 //! # Who upholds the rules of the chain
 //!
@@ -54,6 +55,8 @@ mod class;
 #[cfg(test)]
 mod examples;
 mod flight;
+mod policy;
+mod recovery;
 mod slot;
 mod split;
 mod verdict;
@@ -61,6 +64,8 @@ mod verdict;
 pub use chain::{Chain, ChainError, Entry, Generation, Route};
 pub use class::Class;
 pub use flight::{Action, Flight, Step};
+pub use policy::{OnFailure, PolicyError, default_deadline_ms};
+pub use recovery::{Failed, Health, Recovery, RecoveryPolicy};
 pub use slot::{DataAccess, SLOTS_MAX, SlotIndex, SlotSet, SlotSpec, SpecError};
 pub use split::{Chunks, Join};
 pub use verdict::{Verdict, Violation};

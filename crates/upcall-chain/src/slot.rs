@@ -68,6 +68,11 @@ impl SlotSet {
         self.0 |= 1 << slot.0;
     }
 
+    /// Takes `slot` out.
+    pub fn remove(&mut self, slot: SlotIndex) {
+        self.0 &= !(1 << slot.0);
+    }
+
     /// What is in both.
     #[must_use]
     pub const fn intersection(self, other: SlotSet) -> SlotSet {
