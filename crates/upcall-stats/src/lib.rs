@@ -23,7 +23,7 @@
 //!
 //! A block is 4096 bytes: for operation number `n` (1 to 5) requests at `64 × n`, bytes at
 //! `+8`, errors at `+16`, time in ns at `+24`; how many are there now at `64 × 6`; violations
-//! at `+8`; then at 1024 a histogram of 256 counts: see [`bucket_of`].
+//! at `+8`, requests delivered again at `+16`, requests that went past at `+24`; then at 1024 a histogram of 256 counts: see [`bucket_of`].
 //!
 //! Counters are 63 entries of 64 bytes, as in `upcall-abi`'s `control`: name (48 bytes), value.
 #![forbid(unsafe_code)]
@@ -33,5 +33,6 @@ mod page;
 
 pub use histogram::{BUCKETS, Histogram, bucket_floor_ns, bucket_of};
 pub use page::{
-    Block, BlockSnapshot, HopKind, HopSnapshot, HopSpec, OpCounts, Page, PageReader, ReadError,
+    Block, BlockSnapshot, FilterHealth, HopKind, HopSnapshot, HopSpec, OpCounts, Page, PageReader,
+    ReadError, Standing,
 };

@@ -21,6 +21,12 @@ const BLOCK: usize = 4096;
 const HISTOGRAM: usize = 1024;
 const NOW: usize = 64 * 6;
 const VIOLATIONS: usize = NOW + 8;
+const RETRIES: usize = NOW + 16;
+const SKIPPED: usize = NOW + 24;
+/// In a hop's entry of the directory: how its filter is.
+const STANDING: usize = 128;
+const FAILURES: usize = 136;
+const LONGEST_STALL: usize = 144;
 const COUNTERS: usize = 63;
 const COUNTERS_SIZE: usize = 4096;
 /// More hops than this in a file that is read are refused.
@@ -35,6 +41,54 @@ pub enum HopKind {
     Filter,
     /// The store.
     Store,
+}
+
+/// How a filter stands, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// It serves.
+    #[default]
+    Up,
+    /// It failed and is being started again; its requests wait or fail.
+    Restarting,
+    /// It failed and is skipped until it is back.
+    Bypassed,
+    /// It failed too often and is tried at long intervals.
+    Quarantined,
+    /// It failed and has left the chain.
+    Detached,
+}
+
+impl Standing {
+    const ALL: [Standing; 5] = [
+        Standing::Up,
+        Standing::Restarting,
+        Standing::Bypassed,
+        Standing::Quarantined,
+        Standing::Detached,
+    ];
+
+    /// A word for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Standing::Up => "up",
+            Standing::Restarting => "restarting",
+            Standing::Bypassed => "bypassed",
+            Standing::Quarantined => "quarantined",
+            Standing::Detached => "detached",
+        }
+    }
+}
+
+/// How a filter stands and stood.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FilterHealth {
+    /// Now.
+    pub standing: Standing,
+    /// How often it failed: died, hung, broke too many rules, or could not be started again.
+    pub failures: u64,
+    /// The longest time from a failure until it served again.
+    pub longest_stall_ns: u64,
 }
 
 /// A hop to keep counters for.
@@ -175,6 +229,20 @@ impl Page {
         Block { mapping: self.mapping.clone(), start: place.blocks + BLOCK * usize::from(queue) }
     }
 
+    /// Shows how a filter is. One thread at a time.
+    pub fn show_health(&self, hop: usize, health: &FilterHealth) {
+        let entry = DIRECTORY + ENTRY * hop;
+        let standing = Standing::ALL.iter().position(|standing| *standing == health.standing);
+        let words = [
+            (STANDING, standing.unwrap_or(0) as u64),
+            (FAILURES, health.failures),
+            (LONGEST_STALL, health.longest_stall_ns),
+        ];
+        for (at, word) in words {
+            self.put(entry + at, &word.to_le_bytes());
+        }
+    }
+
     /// Shows a filter's counters: names and values, the first 63.
     pub fn show_counters(&self, hop: usize, counters: &[(String, u64)]) {
         let start = self.hops[hop].counters;
@@ -243,6 +311,16 @@ impl Block {
         self.add(HISTOGRAM + 8 * bucket_of(latency_ns), 1);
     }
 
+    /// A request was delivered again, to a new instance.
+    pub fn retry(&self) {
+        self.add(RETRIES, 1);
+    }
+
+    /// A request went past the filter, which is gone.
+    pub fn skip(&self) {
+        self.add(SKIPPED, 1);
+    }
+
     /// The hop broke a rule.
     pub fn violation(&self) {
         self.add(VIOLATIONS, 1);
@@ -304,6 +382,10 @@ pub struct BlockSnapshot {
     pub now: u64,
     /// Rules broken.
     pub violations: u64,
+    /// Requests delivered again after a failure.
+    pub retries: u64,
+    /// Requests that went past the filter while it was gone.
+    pub skipped: u64,
     /// Of all operations.
     pub latency: Histogram,
 }
@@ -330,6 +412,8 @@ impl BlockSnapshot {
             mine.time_ns = mine.time_ns.wrapping_sub(theirs.time_ns);
         }
         since.violations = since.violations.wrapping_sub(earlier.violations);
+        since.retries = since.retries.wrapping_sub(earlier.retries);
+        since.skipped = since.skipped.wrapping_sub(earlier.skipped);
         since.latency = since.latency.since(&earlier.latency);
         since
     }
@@ -346,6 +430,8 @@ pub struct HopSnapshot {
     pub kind: HopKind,
     /// What passed.
     pub block: BlockSnapshot,
+    /// How the filter is.
+    pub health: FilterHealth,
     /// The filter's own counters.
     pub counters: Vec<(String, u64)>,
 }
@@ -417,6 +503,14 @@ impl PageReader {
                 _ => HopKind::Store,
             },
             block,
+            health: FilterHealth {
+                standing: Standing::ALL
+                    .get(self.number(entry + STANDING) as usize)
+                    .copied()
+                    .unwrap_or_default(),
+                failures: self.number(entry + FAILURES),
+                longest_stall_ns: self.number(entry + LONGEST_STALL),
+            },
             counters: if counters == 0 { Vec::new() } else { self.counters(counters) },
         }
     }
@@ -431,6 +525,8 @@ impl PageReader {
         }
         sum.now = sum.now.wrapping_add(number(NOW));
         sum.violations = sum.violations.wrapping_add(number(VIOLATIONS));
+        sum.retries = sum.retries.wrapping_add(number(RETRIES));
+        sum.skipped = sum.skipped.wrapping_add(number(SKIPPED));
         for bucket in 0..BUCKETS {
             let count = number(HISTOGRAM + 8 * bucket);
             sum.latency.counts[bucket] = sum.latency.counts[bucket].wrapping_add(count);

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use upcall_chain::{OnFailure, RecoveryPolicy};
 pub use upcall_filterhost::Placement;
 pub use upcall_nbd::TlsFiles;
 pub use upcall_store::Engine;
@@ -19,6 +20,8 @@ pub struct WorkerConfig {
     /// How long requests that a filter holds may take to end when a queue stops, before
     /// they are cancelled.
     pub drain_ms: u64,
+    /// How patiently filters that fail are started again.
+    pub recovery: RecoveryPolicy,
     /// Gets what an operator should know, one line at a time. Called from any thread, not
     /// on the path of a request.
     pub log: LogSink,
@@ -159,6 +162,13 @@ pub struct SlotConfig {
     pub order: i32,
     /// In a process of its own, or (trusted) in the worker.
     pub placement: Placement,
+    /// How long it may have a request, on either way, before it counts as hung and is
+    /// killed; 0: as long as it likes. None: what is usual for its class. A filter in the
+    /// worker cannot be killed, and has no deadline.
+    pub deadline_ms: Option<u64>,
+    /// What becomes of requests while it is gone. None: what is usual for its class. A
+    /// filter in the worker is not started again: what needs it then fails.
+    pub on_failure: Option<OnFailure>,
     /// Parameters, as the operator wrote them.
     pub params: Vec<(String, String)>,
     /// Names of disks it may issue requests to, in the order it will number them, from 1.

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use upcall_chain::ChainError;
+use upcall_chain::{ChainError, PolicyError};
 use upcall_filterhost::{FilterError, ParamError};
 use upcall_nbd::{ExportError, TlsError};
 use upcall_store::OpenError;
@@ -138,6 +138,17 @@ pub enum StartError {
         filter: String,
         /// Why.
         source: ChainError,
+    },
+    /// A filter would be slipped past although it decides what the disk holds. Choose
+    /// another policy for it.
+    #[error("disk {disk}: filter {filter}: {source}")]
+    Policy {
+        /// Which disk.
+        disk: String,
+        /// Which filter.
+        filter: String,
+        /// Why not.
+        source: PolicyError,
     },
     /// A filter is granted what cannot be granted.
     #[error("disk {disk}: filter {filter} cannot be granted disk {granted:?}: {why}")]

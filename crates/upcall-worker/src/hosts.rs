@@ -1,29 +1,50 @@
 //! The filter hosts of a worker, watched by one thread: it passes on what they log, shows
-//! what they count, notices their death, and kills those that are given up.
+//! what they count, notices their death, kills those that are given up, and has those that
+//! died started again.
+//!
+//! When and how often is decided by [`Recovery`]; setting a host up, which runs the filter's
+//! code and may take long, is done on a thread of its own, so that one filter that is slow to
+//! start keeps nobody else waiting.
+//!
+//! Always true: a life of a host begins to be set up only when the process of the last one is
+//! dead, and every queue thread has said that nothing which it had issued can come late.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
-use upcall_filterhost::{Counters, HostProcess};
+use upcall_chain::{Failed, Health, OnFailure, Recovery, RecoveryPolicy};
+use upcall_filterhost::{Counters, HostProcess, Placement};
 use upcall_ring::Doorbell;
-use upcall_stats::Page;
+use upcall_stats::{FilterHealth, Page, Standing};
 
 use crate::config::{LogLevel, LogSink};
-use crate::engine::Command;
+use crate::engine::{Clock, Command, Life};
+use crate::error::StartError;
+use crate::recipe::{Recipe, SetUp};
 
 /// A filter host of this worker: its index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HostId(pub(crate) usize);
 
-/// Has a filter host killed; says why.
-pub(crate) type GiveUp = Arc<dyn Fn(HostId, &str) + Send + Sync>;
+/// What queue threads tell the thread that watches.
+pub(crate) enum HostNews {
+    /// Kill this life of a filter host.
+    GiveUp { host: HostId, life: Life, reason: String },
+    /// Nothing that this life had issued, which is dead, can reach a store any more from here.
+    Quiet { host: HostId, life: Life },
+}
+
+/// Tells the thread that watches; false if it has ended.
+pub(crate) type TellHosts = Arc<dyn Fn(HostNews) -> bool + Send + Sync>;
 
 /// How often counters are shown.
-const COUNTERS_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+const COUNTERS_EVERY: Duration = Duration::from_millis(500);
+const NS: u64 = 1_000_000_000;
 
 /// A way to send commands to a queue thread and wake it.
 #[derive(Clone)]
@@ -33,21 +54,25 @@ pub(crate) struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Sends a command; nothing happens if the thread has ended.
-    pub(crate) fn send(&self, command: Command) {
-        let _ = self.commands.send(command);
+    /// Sends a command; false, and nothing happens, if the thread has ended.
+    pub(crate) fn send(&self, command: Command) -> bool {
+        let sent = self.commands.send(command).is_ok();
         self.wake.ring();
+        sent
     }
 }
 
-/// What a filter counts, and where it is shown.
-pub(crate) struct ShownCounters {
-    pub(crate) hop: usize,
-    pub(crate) counters: Counters,
+/// A filter host that serves, to be watched.
+pub(crate) struct Watched {
+    pub(crate) recipe: Arc<Recipe>,
+    pub(crate) process: HostProcess,
+    /// By instance.
+    pub(crate) counters: Vec<Counters>,
 }
 
 enum Order {
-    GiveUp(HostId, String),
+    News(HostNews),
+    SetUp(HostId, Box<Result<(HostProcess, SetUp), StartError>>),
     Return,
 }
 
@@ -55,35 +80,43 @@ enum Order {
 pub(crate) struct Supervisor {
     orders: Sender<Order>,
     wake: Doorbell,
-    thread: Option<JoinHandle<Vec<HostProcess>>>,
+    thread: Option<JoinHandle<Vec<Option<HostProcess>>>>,
 }
 
 impl Supervisor {
     pub(crate) fn start(
-        hosts: Vec<HostProcess>,
+        hosts: Vec<Watched>,
         engines: Vec<EngineHandle>,
-        shown: Vec<ShownCounters>,
+        policy: RecoveryPolicy,
         page: Arc<Page>,
         log: LogSink,
         orders: SupervisorOrders,
     ) -> std::io::Result<Supervisor> {
         let SupervisorOrders { sender, receiver, wake } = orders;
-        let lost = vec![false; hosts.len()];
-        let mut watch =
-            Watch { hosts, lost, engines, shown, page, log, orders: receiver, wake: wake.clone() };
+        let hosts = hosts.into_iter().map(|host| Host::new(host, policy)).collect();
+        let mut watch = Watch {
+            hosts,
+            engines,
+            page,
+            log,
+            orders: receiver,
+            sender: sender.clone(),
+            wake: wake.clone(),
+            clock: Clock::default(),
+        };
         let thread = std::thread::Builder::new().name("upcall-hosts".into()).spawn(move || {
             watch.run();
-            watch.hosts
+            watch.hosts.into_iter().map(|host| host.process).collect()
         })?;
         Ok(Supervisor { orders: sender, wake, thread: Some(thread) })
     }
 
-    /// Ends the watch and gives the filter hosts back. Those that were lost are dead.
-    pub(crate) fn stop(mut self) -> Vec<HostProcess> {
+    /// Ends the watch and gives the filter hosts back; None for those that are not there.
+    pub(crate) fn stop(mut self) -> Vec<Option<HostProcess>> {
         self.end()
     }
 
-    fn end(&mut self) -> Vec<HostProcess> {
+    fn end(&mut self) -> Vec<Option<HostProcess>> {
         let _ = self.orders.send(Order::Return);
         self.wake.ring();
         self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
@@ -110,25 +143,111 @@ impl SupervisorOrders {
         Ok(SupervisorOrders { sender, receiver, wake: Doorbell::new()? })
     }
 
-    /// What a queue thread calls to have a filter host killed.
-    pub(crate) fn give_up(&self) -> GiveUp {
+    /// What a queue thread tells its news by.
+    pub(crate) fn tell(&self) -> TellHosts {
         let (sender, wake) = (self.sender.clone(), self.wake.clone());
-        Arc::new(move |host, reason| {
-            let _ = sender.send(Order::GiveUp(host, reason.to_owned()));
+        Arc::new(move |news| {
+            let is_told = sender.send(Order::News(news)).is_ok();
             wake.ring();
+            is_told
         })
     }
 }
 
+/// Where a host is between two lives.
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    /// It was killed, for this, and is not dead yet.
+    Dying {
+        reason: String,
+    },
+    /// It is dead; so many queue threads still wait for what it had issued.
+    Quieting {
+        left: usize,
+    },
+    /// It waits for its time.
+    Waiting,
+    SettingUp,
+    Gone,
+}
+
+struct Host {
+    recipe: Arc<Recipe>,
+    process: Option<HostProcess>,
+    life: Life,
+    phase: Phase,
+    recovery: Recovery,
+    /// What it counts, and what its earlier lives had counted; by instance.
+    counters: Vec<(Counters, Vec<(String, u64)>)>,
+    failures: u64,
+    /// When it failed, if it does not serve.
+    failed_ns: u64,
+    longest_stall_ns: u64,
+}
+
+impl Host {
+    fn new(watched: Watched, policy: RecoveryPolicy) -> Host {
+        let Watched { recipe, process, counters } = watched;
+        Host {
+            recipe,
+            process: Some(process),
+            life: Life::default(),
+            phase: Phase::Serving,
+            recovery: Recovery::new(policy),
+            counters: counters.into_iter().map(|counters| (counters, Vec::new())).collect(),
+            failures: 0,
+            failed_ns: 0,
+            longest_stall_ns: 0,
+        }
+    }
+
+    fn name(&self) -> &str {
+        &self.recipe.description.name
+    }
+
+    /// Whether somebody waits for it to come back. One within the worker cannot: its code
+    /// is still there.
+    fn is_needed(&self) -> bool {
+        self.recipe.placement == Placement::Isolated
+            && self.recipe.instances.iter().any(|given| given.on_failure != OnFailure::Detach)
+    }
+
+    /// Its disks and what becomes of their requests, for people.
+    fn consequences(&self) -> String {
+        let of = |given: &crate::recipe::GivenInstance| {
+            let what = match given.on_failure {
+                _ if self.recipe.placement == Placement::Inline => "requests that need it fail",
+                OnFailure::Hold => "requests wait for it",
+                OnFailure::Bypass => "requests go past it, and what it misses is recorded",
+                OnFailure::Fail => "requests that need it fail",
+                OnFailure::Detach => "it has left the chain, and does not come back",
+            };
+            format!("disk {}: {what}", given.disk)
+        };
+        self.recipe.instances.iter().map(of).collect::<Vec<_>>().join("; ")
+    }
+
+    fn standing(&self, on_failure: OnFailure) -> Standing {
+        match (self.phase == Phase::Serving, on_failure) {
+            (true, _) => Standing::Up,
+            (_, OnFailure::Detach) => Standing::Detached,
+            _ if self.recovery.health() == Health::Quarantined => Standing::Quarantined,
+            (_, OnFailure::Bypass) => Standing::Bypassed,
+            _ => Standing::Restarting,
+        }
+    }
+}
+
 struct Watch {
-    hosts: Vec<HostProcess>,
-    lost: Vec<bool>,
+    hosts: Vec<Host>,
     engines: Vec<EngineHandle>,
-    shown: Vec<ShownCounters>,
     page: Arc<Page>,
     log: LogSink,
     orders: Receiver<Order>,
+    sender: Sender<Order>,
     wake: Doorbell,
+    clock: Clock,
 }
 
 impl Watch {
@@ -136,23 +255,30 @@ impl Watch {
         loop {
             while let Ok(order) = self.orders.try_recv() {
                 match order {
-                    Order::GiveUp(host, reason) => self.give_up(host, &reason),
+                    Order::News(HostNews::GiveUp { host, life, reason }) => {
+                        if self.hosts[host.0].life == life {
+                            self.give_up(host, &reason);
+                        }
+                    }
+                    Order::News(HostNews::Quiet { host, life }) => {
+                        if self.hosts[host.0].life == life {
+                            self.hear_quiet(host);
+                        }
+                    }
+                    Order::SetUp(host, result) => self.hear_set_up(host, *result),
                     Order::Return => {
-                        self.show_counters();
+                        self.show();
                         return;
                     }
                 }
             }
+            self.start_due();
             let ready = self.wait();
             self.wake.clear();
             for host in ready {
-                if let Err(error) = self.hosts[host].service() {
-                    self.give_up(HostId(host), &error.to_string());
-                } else if let Some(how) = self.hosts[host].exit_description() {
-                    self.give_up(HostId(host), &how);
-                }
+                self.look_at(HostId(host));
             }
-            self.show_counters();
+            self.show();
         }
     }
 
@@ -160,16 +286,19 @@ impl Watch {
     fn wait(&self) -> Vec<usize> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         let mut whose = Vec::new();
-        for (index, host) in self.hosts.iter().enumerate().filter(|(index, _)| !self.lost[*index]) {
-            fds.push(PollFd::from_borrowed_fd(host.as_fd(), PollFlags::IN));
-            whose.push(index);
-            if let Some(pidfd) = host.pidfd() {
+        for (index, host) in self.hosts.iter().enumerate() {
+            let Some(process) = &host.process else { continue };
+            // One that is to die has nothing more to say.
+            if host.phase == Phase::Serving {
+                fds.push(PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN));
+                whose.push(index);
+            }
+            if let Some(pidfd) = process.pidfd() {
                 fds.push(PollFd::from_borrowed_fd(pidfd, PollFlags::IN));
                 whose.push(index);
             }
         }
-        let timeout = if self.shown.is_empty() { None } else { Some(COUNTERS_EVERY) };
-        if poll(&mut fds, timeout.as_ref()).is_err() {
+        if poll(&mut fds, self.timeout().as_ref()).is_err() {
             return Vec::new();
         }
         let ready = fds[1..].iter().zip(whose).filter(|(fd, _)| !fd.revents().is_empty());
@@ -178,27 +307,208 @@ impl Watch {
         ready
     }
 
-    fn give_up(&mut self, host: HostId, reason: &str) {
-        if std::mem::replace(&mut self.lost[host.0], true) {
-            return;
-        }
-        let process = &mut self.hosts[host.0];
-        process.kill();
-        let name = process.name().to_owned();
-        (self.log)(
-            LogLevel::Error,
-            &format!(
-                "filter {name} is gone ({reason}): requests that need it fail until the disk is served anew"
-            ),
-        );
-        for engine in &self.engines {
-            engine.send(Command::HostLost(host));
+    fn timeout(&self) -> Option<Timespec> {
+        let counted = self.hosts.iter().any(|host| !host.counters.is_empty());
+        let waiting = self.hosts.iter().filter(|host| host.phase == Phase::Waiting);
+        let start_ns = waiting.filter_map(|host| host.recovery.start_at_ns()).min();
+        let left_ns = start_ns.map(|at_ns| at_ns.saturating_sub(self.clock.now_ns()));
+        let counted_ns = counted.then_some(COUNTERS_EVERY.as_nanos() as u64);
+        let least_ns = left_ns.into_iter().chain(counted_ns).min()?;
+        Some(Timespec { tv_sec: (least_ns / NS) as i64, tv_nsec: (least_ns % NS) as _ })
+    }
+
+    /// A host has something to say, or has died.
+    fn look_at(&mut self, id: HostId) {
+        let host = &mut self.hosts[id.0];
+        let Some(process) = &mut host.process else { return };
+        let complaint = match host.phase {
+            Phase::Serving => process.service().err(),
+            _ => None,
+        };
+        match (process.exit_description(), complaint) {
+            (Some(how), _) => self.bury(id, &how),
+            (None, Some(error)) => self.give_up(id, &error.to_string()),
+            (None, None) => {}
         }
     }
 
-    fn show_counters(&self) {
-        for shown in &self.shown {
-            self.page.show_counters(shown.hop, &shown.counters.snapshot());
+    /// Kills a host. What follows, follows when it is dead.
+    fn give_up(&mut self, id: HostId, reason: &str) {
+        let host = &mut self.hosts[id.0];
+        let (Phase::Serving, Some(process)) = (&host.phase, &mut host.process) else { return };
+        process.kill();
+        host.phase = Phase::Dying { reason: reason.to_owned() };
+        if host.recipe.placement == Placement::Inline {
+            // It cannot be killed, nor can it come back.
+            self.bury(id, reason);
         }
+    }
+
+    /// A host is dead: the queue threads are told, and it is started again in time.
+    fn bury(&mut self, id: HostId, how: &str) {
+        let now_ns = self.clock.now_ns();
+        let host = &mut self.hosts[id.0];
+        let how = match std::mem::replace(&mut host.phase, Phase::Gone) {
+            Phase::Dying { reason } => reason,
+            _ => how.to_owned(),
+        };
+        if host.recipe.placement == Placement::Isolated {
+            host.process = None;
+        }
+        host.failures += 1;
+        host.failed_ns = now_ns;
+        let failed = host.recovery.handle_failure(now_ns, host.is_needed());
+        let is_for_good = failed == Failed::Gone;
+        let (life, mut left) = (host.life, 0);
+        for given in &host.recipe.channels {
+            let lost = Command::HostLost { host: id, life, is_for_good };
+            left += usize::from(self.engines[given.engine].send(lost));
+        }
+        let host = &mut self.hosts[id.0];
+        host.phase = match (is_for_good, left) {
+            (true, _) => Phase::Gone,
+            (false, 0) => Phase::Waiting,
+            (false, left) => Phase::Quieting { left },
+        };
+        self.say_failed(id, &format!("is gone ({how})"), failed);
+    }
+
+    fn say_failed(&self, id: HostId, what: &str, failed: Failed) {
+        let host = &self.hosts[id.0];
+        let (name, then) = (host.name(), host.consequences());
+        match failed {
+            Failed::Restart { after_ms } => (self.log)(
+                LogLevel::Warn,
+                &format!("filter {name} {what}: it is started again in {after_ms} ms. {then}"),
+            ),
+            Failed::Alarm { after_ms } => (self.log)(
+                LogLevel::Error,
+                &format!(
+                    "filter {name} {what}, for the {}th time, and is quarantined: it is tried \
+                     every {} s. {then}. See what it logged, and replace it or take it out of \
+                     the chain",
+                    host.failures,
+                    after_ms / 1000
+                ),
+            ),
+            Failed::Gone => {
+                (self.log)(LogLevel::Error, &format!("filter {name} {what}. {then}"));
+            }
+        }
+    }
+
+    /// A queue thread has ended what a dead host had issued.
+    fn hear_quiet(&mut self, id: HostId) {
+        let host = &mut self.hosts[id.0];
+        if let Phase::Quieting { left } = &mut host.phase {
+            *left -= 1;
+            if *left == 0 {
+                host.phase = Phase::Waiting;
+            }
+        }
+    }
+
+    /// Has those hosts set up whose time has come.
+    fn start_due(&mut self) {
+        let now_ns = self.clock.now_ns();
+        for index in 0..self.hosts.len() {
+            let host = &mut self.hosts[index];
+            if host.phase != Phase::Waiting || !host.recovery.poll_start(now_ns) {
+                continue;
+            }
+            host.phase = Phase::SettingUp;
+            let (recipe, sender, wake) =
+                (host.recipe.clone(), self.sender.clone(), self.wake.clone());
+            let thread =
+                std::thread::Builder::new().name("filter-restart".into()).spawn(move || {
+                    // Nobody listens any more: then it is dropped here, and dies.
+                    let _ = sender.send(Order::SetUp(HostId(index), Box::new(recipe.again())));
+                    wake.ring();
+                });
+            if let Err(source) = thread {
+                let error =
+                    StartError::System { disk: String::new(), what: "start a thread", source };
+                self.hear_set_up(HostId(index), Err(error));
+            }
+        }
+    }
+
+    /// A host serves again, or could not be set up.
+    fn hear_set_up(&mut self, id: HostId, result: Result<(HostProcess, SetUp), StartError>) {
+        let now_ns = self.clock.now_ns();
+        let host = &mut self.hosts[id.0];
+        let (process, set_up) = match result {
+            Ok(whole) => whole,
+            Err(error) => {
+                host.failures += 1;
+                let failed = host.recovery.handle_failure(now_ns, host.is_needed());
+                host.phase = Phase::Waiting;
+                self.say_failed(id, &format!("cannot be started again ({error})"), failed);
+                return;
+            }
+        };
+        host.process = Some(process);
+        host.life = Life(host.life.0 + 1);
+        host.phase = Phase::Serving;
+        host.recovery.handle_started();
+        for ((counters, base), next) in host.counters.iter_mut().zip(set_up.counters) {
+            let last = std::mem::replace(counters, next).snapshot();
+            *base = added(std::mem::take(base), last);
+        }
+        let stall_ns = now_ns.saturating_sub(host.failed_ns);
+        host.longest_stall_ns = host.longest_stall_ns.max(stall_ns);
+        let life = host.life;
+        for (given, way) in host.recipe.channels.iter().zip(set_up.ways) {
+            let back = Command::HostBack { host: id, life, way: Box::new(way) };
+            self.engines[given.engine].send(back);
+        }
+        (self.log)(
+            LogLevel::Warn,
+            &format!(
+                "filter {} serves again, {} ms after it failed",
+                host.name(),
+                stall_ns / 1_000_000
+            ),
+        );
+    }
+
+    fn show(&self) {
+        for host in &self.hosts {
+            for (given, (counters, base)) in host.recipe.instances.iter().zip(&host.counters) {
+                let counted = added(base.clone(), counters.snapshot());
+                self.page.show_counters(given.hop, &counted);
+                let health = FilterHealth {
+                    standing: host.standing(given.on_failure),
+                    failures: host.failures,
+                    longest_stall_ns: host.longest_stall_ns,
+                };
+                self.page.show_health(given.hop, &health);
+            }
+        }
+    }
+}
+
+/// Counts of two lives, by name.
+fn added(mut base: Vec<(String, u64)>, more: Vec<(String, u64)>) -> Vec<(String, u64)> {
+    for (name, count) in more {
+        match base.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, sum)) => *sum = sum.wrapping_add(count),
+            None => base.push((name, count)),
+        }
+    }
+    base
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_lives_of_a_filter_counted_adds_up() {
+        let counts = |all: &[(&str, u64)]| -> Vec<(String, u64)> {
+            all.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect()
+        };
+        let sum = added(counts(&[("a", 1), ("b", 2)]), counts(&[("b", 5), ("c", 7)]));
+        assert_eq!(sum, counts(&[("a", 1), ("b", 7), ("c", 7)]));
     }
 }

@@ -15,6 +15,7 @@ mod error;
 mod frontend;
 mod grow;
 mod hosts;
+mod recipe;
 mod start;
 mod worker;
 
@@ -24,6 +25,7 @@ pub use config::{
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
+pub use upcall_chain::{OnFailure, RecoveryPolicy};
 pub use worker::{DiskSummary, ExitReport, Wake, Worker};
 
 #[cfg(feature = "sim")]

@@ -174,6 +174,7 @@ impl Worker {
         // Instances close while the queue threads still run: what they have issued must end.
         let mut hosts = self.supervisor.stop();
         for (host, instances) in hosts.iter_mut().zip(&self.instances) {
+            let Some(host) = host else { continue };
             for instance in instances {
                 if host.exit_description().is_none()
                     && let Err(error) = host.close(*instance)
@@ -197,7 +198,7 @@ impl Worker {
                 ));
             }
         }
-        for mut host in hosts {
+        for mut host in hosts.into_iter().flatten() {
             if host.exit_description().is_none()
                 && let Err(error) = host.quit()
             {

@@ -1,12 +1,11 @@
 //! What filter hosts say, checked against what is in flight, and told to the flights.
 
 use upcall_abi::ring::Completion;
-use upcall_block::Op;
 use upcall_chain::{Action, SlotIndex, Verdict};
 
+use super::Engine;
 use super::inflight::Visit;
 use super::message::{self, Delivery, Message};
-use super::{Engine, Slot};
 use crate::config::LogLevel;
 
 impl Engine {
@@ -42,7 +41,7 @@ impl Engine {
         let slots = &self.parts.slots;
         let visit = self.flights.get_mut(delivery.request)?.visit.as_mut()?;
         let slot = &slots[visit.slot.index()];
-        (visit.delivery == delivery && slot.link == link && slot.instance == instance)
+        (visit.with && visit.delivery == delivery && slot.link == link && slot.instance == instance)
             .then_some(visit)
     }
 
@@ -76,25 +75,24 @@ impl Engine {
         verdict: Verdict,
         cookie: u64,
     ) -> Option<(u32, Action)> {
-        let Some(visit) = self.visit_of(link, delivery, instance).copied() else {
+        if self.visit_of(link, delivery, instance).is_none() {
             if self.abandoned.get(&delivery.token()).is_some_and(|late| late.link == link) {
                 self.abandoned.remove(&delivery.token());
             } else {
                 self.violation(link, "it answered a request that it does not have");
             }
             return None;
-        };
+        }
         // A hold has an entry of its own kind, and a context.
         let verdict = if verdict == Verdict::Hold { Verdict::Nonsense } else { verdict };
         let number = delivery.request;
+        let failed = matches!(verdict, Verdict::Fail(_) | Verdict::Nonsense);
+        let visit = self.leave(number, failed)?;
         let flight = self.flights.get_mut(number)?;
-        flight.visit = None;
         if verdict == Verdict::Watch {
             flight.cookies[visit.slot.index()] = cookie;
+            flight.void.remove(visit.slot);
         }
-        let (op, bytes) = (flight.op, flight.range.length());
-        let failed = matches!(verdict, Verdict::Fail(_) | Verdict::Nonsense);
-        self.count_visit(&visit, op, bytes, failed);
         self.judge(link, number, visit.slot, verdict)
     }
 
@@ -109,11 +107,9 @@ impl Engine {
         let flight = self.flights.get_mut(number)?;
         let chain = &self.parts.lanes[flight.lane].chain;
         let step = flight.flight.handle_verdict(chain, slot, verdict);
-        let left = !flight.flight.is_waiting_on(slot);
-        let (op, bytes) = (flight.op, flight.range.length());
         // A hold that broke a rule ends the visit too.
-        if let Some(visit) = if left { flight.visit.take() } else { None } {
-            self.count_visit(&visit, op, bytes, true);
+        if !flight.flight.is_waiting_on(slot) {
+            self.leave(number, true);
         }
         if let Some(violation) = step.violation {
             self.violation(link, &violation.to_string());
@@ -129,45 +125,32 @@ impl Engine {
         let name = self.parts.links[link].name.clone();
         self.log(LogLevel::Warn, &format!("filter {name} broke a rule: {what}"));
         if self.parts.links[link].violation() {
-            self.give_up(link, "it broke too many rules");
+            self.give_up(link, "it broke too many rules", false);
         }
     }
 
     /// The filter that a request is with will not answer.
     pub(super) fn leave_lost(&mut self, number: u32) -> Option<Action> {
+        let visit = self.leave(number, true)?;
+        let flight = self.flights.get_mut(number)?;
+        Some(flight.flight.handle_lost(visit.slot).action)
+    }
+
+    /// A visit has ended: it is counted, and what was kept for another delivery goes.
+    pub(super) fn leave(&mut self, number: u32, failed: bool) -> Option<Visit> {
+        let now_ns = self.now_ns();
         let flight = self.flights.get_mut(number)?;
         let visit = flight.visit.take()?;
-        let action = flight.flight.handle_lost(visit.slot).action;
-        let (op, bytes) = (flight.op, flight.range.length());
-        self.count_visit(&visit, op, bytes, true);
-        Some(action)
-    }
-
-    /// Counts a visit that has ended.
-    fn count_visit(&self, visit: &Visit, op: Op, bytes: u32, failed: bool) {
-        let latency_ns = self.now_ns().saturating_sub(visit.since_ns);
-        let stats = &self.slot(visit.slot).stats;
+        self.images.drop(std::mem::take(&mut flight.image));
+        let latency_ns = now_ns.saturating_sub(visit.since_ns);
+        let stats = &self.parts.slots[visit.slot.index()].stats;
         if visit.up {
-            stats.leave_again(op as u8, latency_ns, failed);
+            stats.leave_again(flight.op as u8, latency_ns, failed);
         } else {
-            stats.leave(op as u8, u64::from(bytes), latency_ns, failed);
+            let bytes = u64::from(flight.range.length());
+            stats.leave(flight.op as u8, bytes, latency_ns, failed);
         }
-    }
-
-    /// Ends the visits to some slots without their answers.
-    pub(super) fn fail_visits(&mut self, which: impl Fn(&Slot) -> bool) {
-        let slots = &self.parts.slots;
-        let visits = self
-            .flights
-            .iter()
-            .filter_map(|(number, flight)| Some((number, flight.visit.as_ref()?)));
-        let lost: Vec<(u32, Delivery)> = visits
-            .filter(|(_, visit)| which(&slots[visit.slot.index()]))
-            .map(|(number, visit)| (number, visit.delivery))
-            .collect();
-        for (number, delivery) in lost {
-            self.fail_visit(number, delivery);
-        }
+        Some(visit)
     }
 
     /// Ends one visit without its answer, if it has not ended yet.

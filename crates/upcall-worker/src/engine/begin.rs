@@ -3,10 +3,11 @@
 
 use smallvec::SmallVec;
 use upcall_block::{Errno, Op, Range, Request, RequestFlags};
-use upcall_chain::{Entry, Flight, Route, SlotIndex};
+use upcall_chain::{Entry, Flight, Route, SlotIndex, SlotSet};
 use upcall_ring::Buffers;
 
 use super::Engine;
+use super::images::Image;
 use super::inflight::{InFlight, Origin};
 
 /// What a request is, when it begins.
@@ -79,7 +80,10 @@ impl Engine {
             data: begin.data,
             slice: None,
             cookies: SmallVec::from_elem(0, slots),
+            void: SlotSet::EMPTY,
             visit: None,
+            image: Image::None,
+            touched: false,
             waiting: None,
             arrived_ns: begin.arrived_ns,
             stored_ns: 0,

@@ -5,10 +5,11 @@ use upcall_abi::ring::{NO_DATA, Submission, submission_kind};
 use upcall_block::{Op, Range, RequestFlags, Status, StoreDone, StoreIo, StoreToken};
 use upcall_chain::{Action, DataAccess, SlotIndex};
 
+use super::Engine;
+use super::images::{Image, Images};
 use super::inflight::{Origin, Visit};
 use super::link::Sent;
 use super::message::Delivery;
-use super::{Engine, Slot};
 
 impl Engine {
     /// Does what a flight asks, and what it asks next, until it waits for somebody.
@@ -39,33 +40,44 @@ impl Engine {
     }
 
     /// Hands a request to a filter: on its way down, or up with a status. Returns what is
-    /// next if the answer is there already.
+    /// next if that is known already.
     fn deliver(&mut self, number: u32, slot: SlotIndex, up: Option<Status>) -> Option<Action> {
         self.serial = self.serial.wrapping_add(1).max(1);
-        let since_ns = self.now_ns();
         let delivery = Delivery { request: number, serial: self.serial };
+        let now_ns = self.now_ns();
         let flight = self.flights.get_mut(number)?;
-        let lane = &self.parts.lanes[flight.lane];
-        let Slot { link, instance, stats, .. } = &self.parts.slots[slot.index()];
-        let (link, instance) = (*link, *instance);
-        stats.enter();
-        flight.visit =
-            Some(Visit { slot, delivery, up: up.is_some(), since_ns, held_cookie: None });
-        if self.parts.links[link].lost {
-            return self.leave_lost(number);
+        let place = &self.parts.slots[slot.index()];
+        let (link, instance) = (place.link, place.instance);
+        // One that was there before keeps its place among the others.
+        let mut visit = flight.visit.take().unwrap_or_else(|| {
+            place.stats.enter();
+            self.order += 1;
+            Visit::new(slot, up.is_some(), delivery, self.order, now_ns)
+        });
+        visit.delivery = delivery;
+        if !self.parts.links[link].is_up() || place.detached {
+            flight.visit = Some(visit);
+            return self.go_without(number);
         }
-        let access = match up {
-            None => lane.chain.data_on_way_down(flight.op, slot),
-            Some(_) => lane.chain.data_on_way_up(flight.op, slot),
-        };
-        let data = match &flight.slice {
-            Some(slice) if access != DataAccess::None => slice.offset(),
-            _ => NO_DATA,
+        let again = visit.seen;
+        (visit.with, visit.seen) = (true, true);
+        visit.due_ns = now_ns.saturating_add(place.deadline_ns);
+        self.due_at_ns = self.due_at_ns.min(visit.due_ns);
+        flight.visit = Some(visit);
+        if again {
+            place.stats.retry();
+        }
+        let data = self.prepare_data(number, slot, up.is_some(), again);
+        let flight = self.flights.get(number)?;
+        let is_retry = match up {
+            None => again || flight.flags.retry,
+            // Whoever gets it has no context of its own for it.
+            Some(_) => flight.void.contains(slot),
         };
         let submission = Submission {
             kind: if up.is_none() { submission_kind::START } else { submission_kind::DONE },
             op: flight.op as u8,
-            flags: raw_flags(flight.flags),
+            flags: raw_flags(RequestFlags { retry: is_retry, ..flight.flags }),
             token: delivery.token(),
             offset: flight.range.offset(),
             length: flight.range.length(),
@@ -81,8 +93,42 @@ impl Engine {
         }
     }
 
+    /// Where the page is that a filter gets, if it gets one. It is as the filter's first
+    /// instance got it: an image is kept of what may be changed, and put back `again`.
+    fn prepare_data(&mut self, number: u32, slot: SlotIndex, up: bool, again: bool) -> u64 {
+        let Some(origin) = self.flights.get(number).map(|flight| flight.origin) else {
+            return NO_DATA;
+        };
+        let arena = self.arena_of(origin);
+        let Some(flight) = self.flights.get_mut(number) else { return NO_DATA };
+        let chain = &self.parts.lanes[flight.lane].chain;
+        let access = match up {
+            false => chain.data_on_way_down(flight.op, slot),
+            true => chain.data_on_way_up(flight.op, slot),
+        };
+        let Some(slice) = &flight.slice else { return NO_DATA };
+        if access == DataAccess::None {
+            return NO_DATA;
+        }
+        if access == DataAccess::Change && self.parts.slots[slot.index()].keeps_images {
+            let page = self.parts.arenas[arena].buffers(slice, flight.range.length());
+            if again {
+                Images::restore(&flight.image, &page);
+            } else if flight.op == Op::Read && !up && !flight.touched {
+                flight.image = Image::Zeroes;
+            } else {
+                flight.image = self.images.take(&page);
+            }
+        }
+        flight.touched |= access == DataAccess::Change;
+        slice.offset()
+    }
+
     fn send_cancel(&mut self, number: u32, slot: SlotIndex) {
         let Some(visit) = self.flights.get(number).and_then(|flight| flight.visit) else { return };
+        if !visit.with {
+            return;
+        }
         let (link, instance) = (self.slot(slot).link, self.slot(slot).instance);
         self.cancel(link, instance, visit.delivery, visit.held_cookie.unwrap_or(0));
     }
@@ -139,6 +185,7 @@ impl Engine {
         let Some(mut flight) = self.flights.remove(number) else { return };
         let arena = self.arena_of(flight.origin);
         debug_assert!(flight.visit.is_none(), "a flight ends when nobody has it");
+        self.images.drop(std::mem::take(&mut flight.image));
         let slice = flight.slice.take();
         let made_room = slice.is_some();
         if let Some(slice) = slice {
@@ -178,8 +225,8 @@ impl Engine {
                 }
             }
             Origin::Part(whole) => self.part_ended(whole, status),
-            Origin::Issued { link, instance, id, .. } => {
-                self.issued_ended(link, instance, id, status)
+            Origin::Issued { link, life, instance, id, .. } => {
+                self.issued_ended(link, life, instance, id, status)
             }
         }
     }

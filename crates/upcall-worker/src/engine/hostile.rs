@@ -7,19 +7,20 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::time::Duration;
 
 use upcall_abi::filter::{ISSUE_ARENA_SIZE, op};
 use upcall_abi::ring::{Completion, NO_DATA, channel_size, completion_kind};
 use upcall_block::{DiskInfo, Op, OpSet, Range, RequestFlags, Store};
-use upcall_chain::{Chain, Class, Generation, SlotSpec};
+use upcall_chain::{Chain, Class, Generation, OnFailure, SlotSpec};
 use upcall_ring::channel::{Channel, HostChannel};
 use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
 use upcall_stats::{HopKind, HopSpec, Page};
 use upcall_store::MemoryStore;
 
-use super::{Clock, Command, Engine, Lane, Link, Parts, Slot};
+use super::{Clock, Command, Engine, Lane, Life, Link, Parts, Slot, Way};
 use crate::direct::{DirectClient, direct_queue};
 use crate::hosts::HostId;
 
@@ -100,6 +101,7 @@ impl Enemy {
 }
 
 struct World {
+    now_ns: Arc<AtomicU64>,
     engine: Engine,
     commands: Sender<Command>,
     client: DirectClient,
@@ -111,6 +113,7 @@ struct World {
 
 impl World {
     fn new() -> World {
+        let now_ns = Arc::new(AtomicU64::new(1));
         let store = MemoryStore::new(CAPACITY).expect("memory");
         let lane =
             |chain| Lane { chain: Arc::new(chain), store: store.open_queue().expect("a queue") };
@@ -158,14 +161,9 @@ impl World {
                 tokens: Vec::new(),
             });
             let arena = (host == 1).then(|| issue_arena.clone());
-            links.push(Link::new(
-                HostId(host),
-                "f".into(),
-                host as u32,
-                channel,
-                Doorbell::new().expect("a doorbell"),
-                arena,
-            ));
+            let doorbell = Doorbell::new().expect("a doorbell");
+            let way = Way { channel, doorbell, issue_arena: arena };
+            links.push(Link::new(HostId(host), "f".into(), way));
         }
         let slot = |index: usize| Slot {
             link: index,
@@ -173,13 +171,17 @@ impl World {
             issues: index == 1,
             grants: if index == 1 { vec![1] } else { vec![] },
             arena: index,
+            on_failure: [OnFailure::Hold, OnFailure::Fail][index],
+            deadline_ns: u64::MAX,
+            keeps_images: true,
+            detached: false,
             stats: page.block(1 + index, 0),
         };
         let (commands, receiver) = channel();
         let (queue, client) = direct_queue().expect("a queue");
         let parts = Parts {
             disk: "d".into(),
-            clock: Clock::Monotonic,
+            clock: Clock::Played(now_ns.clone()),
             commands: receiver,
             wake: Doorbell::new().expect("a doorbell"),
             lanes: vec![lane(chain), lane(bare)],
@@ -191,10 +193,11 @@ impl World {
             request_stats: page.block(0, 0),
             store_stats: page.block(3, 0),
             log: Arc::new(|_, _| {}),
-            give_up: Arc::new(|_, _| {}),
+            tell: Arc::new(|_| true),
         };
         let _ = commands.send(Command::Start(Box::new(queue)));
         World {
+            now_ns,
             engine: Engine::new(parts),
             commands,
             client,
@@ -232,11 +235,14 @@ impl World {
     fn finish(mut self) {
         let (reply, stopped) = sync_channel(1);
         for host in 0..2 {
-            let _ = self.commands.send(Command::HostLost(HostId(host)));
+            let (host, life) = (HostId(host), Life::default());
+            let _ = self.commands.send(Command::HostLost { host, life, is_for_good: false });
         }
         self.turn();
         let _ = self.commands.send(Command::Stop { drain_ms: 0, reply });
         for _ in 0..10_000 {
+            // What a host held that does not come back is waited for, for a while.
+            self.now_ns.fetch_add(1_000_000, Ordering::Relaxed);
             self.turn();
             if self.engine.flights.len() == 0 && self.engine.frontend.is_none() {
                 break;

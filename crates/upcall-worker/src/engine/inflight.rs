@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 use upcall_block::{Op, Range, RequestFlags, Tag};
-use upcall_chain::{Action, Chunks, Flight, Join, SlotIndex};
+use upcall_chain::{Action, Chunks, Flight, Join, SlotIndex, SlotSet};
 use upcall_ring::{ArenaSlice, Buffers};
 
+use super::images::Image;
+use super::link::Life;
 use super::message::Delivery;
 
 /// Who waits for a request.
@@ -20,6 +22,8 @@ pub(super) enum Origin {
     Issued {
         /// The link its filter host is reached by.
         link: usize,
+        /// Which life of the filter host issued it: no other is told of its end.
+        life: Life,
         instance: u32,
         /// The filter host's name for it.
         id: u64,
@@ -28,17 +32,47 @@ pub(super) enum Origin {
     },
 }
 
-/// The delivery that a request waits for, if it is with a filter.
+/// A request's stay at a slot: the filter's instance has it, or it waits for one to come.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Visit {
     pub(super) slot: SlotIndex,
     pub(super) delivery: Delivery,
     /// On its way up: the filter sees it for the second time.
     pub(super) up: bool,
-    /// When it was delivered.
+    /// A living instance has it.
+    pub(super) with: bool,
+    /// Some instance has had it: whoever gets it next gets it again.
+    pub(super) seen: bool,
+    /// Its place among all stays, in which they are delivered again.
+    pub(super) order: u64,
+    /// When it came.
     pub(super) since_ns: u64,
+    /// When the instance that has it must have answered.
+    pub(super) due_ns: u64,
     /// What the filter stored when it said that it holds the request.
     pub(super) held_cookie: Option<u64>,
+}
+
+impl Visit {
+    pub(super) fn new(
+        slot: SlotIndex,
+        up: bool,
+        delivery: Delivery,
+        order: u64,
+        now_ns: u64,
+    ) -> Visit {
+        Visit {
+            slot,
+            delivery,
+            up,
+            with: false,
+            seen: false,
+            order,
+            since_ns: now_ns,
+            due_ns: u64::MAX,
+            held_cookie: None,
+        }
+    }
 }
 
 /// One request on its walk.
@@ -56,7 +90,13 @@ pub(super) struct InFlight {
     pub(super) slice: Option<ArenaSlice>,
     /// What each filter stored with its watch, by slot.
     pub(super) cookies: SmallVec<[u64; 8]>,
+    /// The slots whose cookies are those of instances that are gone.
+    pub(super) void: SlotSet,
     pub(super) visit: Option<Visit>,
+    /// What the page held when the visit's filter first got it.
+    pub(super) image: Image,
+    /// A filter that may change the page has had it.
+    pub(super) touched: bool,
     /// The first action, while the request waits for room in the arena.
     pub(super) waiting: Option<Action>,
     /// When it arrived, and when it last went to the store.

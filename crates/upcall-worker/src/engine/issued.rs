@@ -10,7 +10,7 @@ use super::Engine;
 use super::begin::Begin;
 use super::carry::raw_status;
 use super::inflight::Origin;
-use super::link::Sent;
+use super::link::{Life, Sent};
 use super::message::Issue;
 
 impl Engine {
@@ -31,13 +31,14 @@ impl Engine {
             self.report(link, instance, issue.id, Err(Errno::from_raw(11)));
             return;
         }
+        let life = self.parts.links[link].life;
         if self.quit {
-            self.issued_ended(link, instance, issue.id, Err(Errno::from_raw(108)));
+            self.issued_ended(link, life, instance, issue.id, Err(Errno::from_raw(108)));
             return;
         }
         match self.check_issue(link, index, &issue) {
             Ok(begin) => self.begin(begin),
-            Err(errno) => self.issued_ended(link, instance, issue.id, Err(errno)),
+            Err(errno) => self.issued_ended(link, life, instance, issue.id, Err(errno)),
         }
     }
 
@@ -53,7 +54,7 @@ impl Engine {
             Range::new(issue.offset, u64::from(issue.length), disk).map_err(|_| Errno::EINVAL)?;
         let mut data = Buffers::new();
         if let Some(offset) = issue.data {
-            let arena = self.parts.links[link].issue_arena.as_ref().ok_or(Errno::EINVAL)?;
+            let arena = self.parts.links[link].way.issue_arena.as_ref().ok_or(Errno::EINVAL)?;
             let offset = usize::try_from(offset).map_err(|_| Errno::EINVAL)?;
             if !data.push(arena, offset, issue.length as usize, true) {
                 return Err(Errno::EINVAL);
@@ -66,6 +67,7 @@ impl Engine {
             data,
             origin: Origin::Issued {
                 link,
+                life: self.parts.links[link].life,
                 instance: self.parts.slots[slot].instance,
                 id: issue.id,
                 arena: self.parts.slots[slot].arena,
@@ -76,13 +78,24 @@ impl Engine {
         })
     }
 
-    pub(super) fn issued_ended(&mut self, link: usize, instance: u32, id: u64, status: Status) {
-        self.parts.links[link].issue_ends(instance);
-        self.report(link, instance, id, status);
+    /// An issued request has ended. Its issuer is told, if it is still the one that issued it:
+    /// to a new instance the name means nothing, or something else.
+    pub(super) fn issued_ended(
+        &mut self,
+        link: usize,
+        life: Life,
+        instance: u32,
+        id: u64,
+        status: Status,
+    ) {
+        if self.parts.links[link].life == life {
+            self.parts.links[link].issue_ends(instance);
+            self.report(link, instance, id, status);
+        }
     }
 
     fn report(&mut self, link: usize, instance: u32, id: u64, status: Status) {
-        if self.parts.links[link].lost {
+        if !self.parts.links[link].is_up() {
             return;
         }
         let submission = Submission {

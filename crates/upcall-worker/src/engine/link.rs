@@ -1,5 +1,8 @@
 //! One queue thread's link to one filter host: the channel, and what does not fit into it
 //! just now.
+//!
+//! Always true: a channel serves one life of a host. What an earlier life wrote is in memory
+//! that nobody looks at any more.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,6 +18,35 @@ use crate::hosts::HostId;
 /// Rules that a filter host may break before it is given up.
 const VIOLATIONS_MAX: u32 = 16;
 
+/// Counts the processes that were one filter host, one after the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Life(pub(crate) u32);
+
+/// How a link's filter host is, as this thread knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Up,
+    /// It is to be killed. What it still says counts, unless it says nonsense.
+    Condemned {
+        is_heard: bool,
+    },
+    /// It is dead; what it had said before is being heard.
+    Draining,
+    /// It is dead.
+    Down {
+        is_for_good: bool,
+    },
+}
+
+/// The way to one life of a filter host.
+pub(crate) struct Way {
+    pub(crate) channel: Channel,
+    /// Rung when the filter host sleeps.
+    pub(crate) doorbell: Doorbell,
+    /// Where data of issued requests is.
+    pub(crate) issue_arena: Option<Arc<Mapping>>,
+}
+
 /// What became of a submission.
 pub(super) enum Sent {
     /// It is on its way; an answer, if any, comes back by [`Link::receive`].
@@ -27,44 +59,32 @@ pub(super) enum Sent {
 pub(crate) struct Link {
     pub(crate) host: HostId,
     pub(crate) name: Arc<str>,
-    /// The channel's number, as the filter host knows it.
-    pub(crate) number: u32,
-    pub(crate) channel: Channel,
-    /// Rung when the filter host sleeps.
-    pub(crate) doorbell: Doorbell,
+    pub(crate) way: Way,
+    pub(crate) life: Life,
     /// There for a filter that was placed in the worker, once it is served.
     pub(crate) inline: Option<InlineChannel>,
-    /// Where data of issued requests is.
-    pub(crate) issue_arena: Option<Arc<Mapping>>,
     backlog: VecDeque<Submission>,
     /// Issued requests in flight, by instance.
     issued: Vec<(u32, usize)>,
     violations: u32,
-    /// The filter host is gone; nothing is sent or received any more.
-    pub(crate) lost: bool,
+    state: State,
+    /// What the dead life had issued has not all ended yet, or that was not said yet.
+    pub(super) is_quieting: bool,
 }
 
 impl Link {
-    pub(crate) fn new(
-        host: HostId,
-        name: Arc<str>,
-        number: u32,
-        channel: Channel,
-        doorbell: Doorbell,
-        issue_arena: Option<Arc<Mapping>>,
-    ) -> Link {
+    pub(crate) fn new(host: HostId, name: Arc<str>, way: Way) -> Link {
         Link {
             host,
             name,
-            number,
-            channel,
-            doorbell,
+            way,
+            life: Life(0),
             inline: None,
-            issue_arena,
             backlog: VecDeque::new(),
             issued: Vec::new(),
             violations: 0,
-            lost: false,
+            state: State::Up,
+            is_quieting: false,
         }
     }
 
@@ -76,7 +96,7 @@ impl Link {
                 None => Sent::Queued,
             };
         }
-        if !self.backlog.is_empty() || self.channel.submissions.push(submission).is_err() {
+        if !self.backlog.is_empty() || self.way.channel.submissions.push(submission).is_err() {
             self.backlog.push_back(*submission);
         }
         Sent::Queued
@@ -84,24 +104,24 @@ impl Link {
 
     /// The next entry of the filter host.
     pub(super) fn receive(&mut self) -> Option<Completion> {
-        if self.lost { None } else { self.channel.completions.pop() }
+        if self.is_heard() { self.way.channel.completions.pop() } else { None }
     }
 
     /// Sends what found no room before, and rings the doorbell if the other side sleeps.
     /// Once for a batch. False if the filter host's side of the ring makes no sense.
     pub(super) fn publish(&mut self) -> bool {
-        if self.lost || self.inline.is_some() {
+        if !self.is_up() || self.inline.is_some() {
             return true;
         }
         let mut sane = true;
         while let Some(submission) = self.backlog.front() {
-            if self.channel.submissions.push(submission).is_err() {
-                sane = self.channel.submissions.free().is_ok();
+            if self.way.channel.submissions.push(submission).is_err() {
+                sane = self.way.channel.submissions.free().is_ok();
                 break;
             }
             self.backlog.pop_front();
         }
-        self.channel.submissions.wake(&self.doorbell);
+        self.way.channel.submissions.wake(&self.way.doorbell);
         sane
     }
 
@@ -138,9 +158,60 @@ impl Link {
         }
     }
 
-    /// The filter host is gone.
-    pub(super) fn lose(&mut self) {
-        self.lost = true;
+    /// Whether requests can be delivered.
+    pub(super) fn is_up(&self) -> bool {
+        self.state == State::Up
+    }
+
+    /// Whether what the filter host says counts.
+    pub(super) fn is_heard(&self) -> bool {
+        match self.state {
+            State::Up | State::Condemned { is_heard: true } => true,
+            State::Draining => self.violations < VIOLATIONS_MAX,
+            State::Condemned { is_heard: false } | State::Down { .. } => false,
+        }
+    }
+
+    /// Whether the life is over, and whether another one will follow.
+    pub(super) fn is_dead(&self) -> bool {
+        matches!(self.state, State::Draining | State::Down { .. })
+    }
+
+    pub(super) fn is_gone_for_good(&self) -> bool {
+        self.state == (State::Down { is_for_good: true })
+    }
+
+    /// Its host is to be killed, if it is not to be already.
+    pub(super) fn condemn(&mut self, is_heard: bool) {
+        if self.is_up() {
+            self.state = State::Condemned { is_heard };
+        }
+    }
+
+    /// The host is dead. What it had said before can still be heard, if it is to be; so
+    /// many entries at most.
+    pub(super) fn begin_drain(&mut self) -> u32 {
+        let entries = if self.is_heard() { self.way.channel.submissions.entries() } else { 0 };
+        self.state = State::Draining;
         self.backlog.clear();
+        entries
+    }
+
+    /// All that it had said has been heard.
+    pub(super) fn end_drain(&mut self, is_for_good: bool) {
+        self.state = State::Down { is_for_good };
+        self.is_quieting = !is_for_good;
+        self.backlog.clear();
+    }
+
+    /// Another life has begun.
+    pub(super) fn revive(&mut self, life: Life, way: Way) {
+        self.way = way;
+        self.life = life;
+        self.backlog.clear();
+        self.issued.clear();
+        self.violations = 0;
+        self.state = State::Up;
+        self.is_quieting = false;
     }
 }

@@ -14,9 +14,11 @@ mod carry;
 mod clock;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod hostile;
+mod images;
 mod inflight;
 mod issued;
 mod link;
+mod lives;
 mod message;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
@@ -34,15 +36,16 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 use upcall_abi::filter::ISSUED_MAX;
 use upcall_block::{Request, RequestQueue, StoreDone, StoreQueue};
-use upcall_chain::{Chain, SlotIndex};
+use upcall_chain::{Chain, OnFailure, SlotIndex};
 use upcall_ring::{Arena, Doorbell, Turn, Waiter};
 use upcall_stats::Block;
 
 pub(crate) use clock::Clock;
-pub(crate) use link::Link;
+pub(crate) use link::{Life, Link, Way};
 
 use crate::config::{LogLevel, LogSink};
-use crate::hosts::{GiveUp, HostId};
+use crate::hosts::{HostId, TellHosts};
+use images::Images;
 use inflight::{InFlight, Waiting, Whole};
 use slab::Slab;
 use stop::{Abandoned, Patience, Stop};
@@ -63,8 +66,11 @@ pub(crate) enum Command {
     /// Stop serving it: take nothing more, let what was taken end (what filters still hold
     /// after `drain_ms` is cancelled), and give it back.
     Stop { drain_ms: u64, reply: SyncSender<Option<Box<dyn RequestQueue>>> },
-    /// This filter host is gone.
-    HostLost(HostId),
+    /// This life of a filter host is over: its process is dead. `is_for_good`: no other one
+    /// follows.
+    HostLost { host: HostId, life: Life, is_for_good: bool },
+    /// Another life of a filter host serves.
+    HostBack { host: HostId, life: Life, way: Box<Way> },
     /// Let whatever is in flight end; what filters still hold after `drain_ms` is cancelled.
     WindDown { drain_ms: u64 },
     /// Begin nothing more, and end the thread once nothing is in flight.
@@ -88,6 +94,14 @@ pub(crate) struct Slot {
     pub(crate) grants: Vec<usize>,
     /// The arena for the data of requests that its filter issues.
     pub(crate) arena: usize,
+    /// What becomes of requests while its filter is gone.
+    pub(crate) on_failure: OnFailure,
+    /// How long its filter may have a request; `u64::MAX`: as long as it likes.
+    pub(crate) deadline_ns: u64,
+    /// Pages are to be put back before they are delivered again.
+    pub(crate) keeps_images: bool,
+    /// Its filter has left the chain.
+    pub(crate) detached: bool,
     pub(crate) stats: Block,
 }
 
@@ -110,8 +124,9 @@ pub(crate) struct Parts {
     pub(crate) request_stats: Block,
     pub(crate) store_stats: Block,
     pub(crate) log: LogSink,
-    /// Asks for a filter host to be killed; it will be reported lost in time.
-    pub(crate) give_up: GiveUp,
+    /// Tells the thread that watches the filter hosts. One that it is to kill will be
+    /// reported lost in time.
+    pub(crate) tell: TellHosts,
 }
 
 /// See the module.
@@ -130,6 +145,13 @@ pub(crate) struct Engine {
     /// Requests of the frontend that have not ended.
     guest_requests: usize,
     serial: u32,
+    /// Stays at slots so far.
+    order: u64,
+    /// No delivery is overdue before.
+    due_at_ns: u64,
+    /// The clock when it was last looked at.
+    seen_ns: u64,
+    images: Images,
     /// Deliveries of requests that ended without their answer, which may still come.
     abandoned: HashMap<u64, Abandoned>,
     taken: Vec<Request>,
@@ -152,6 +174,10 @@ impl Engine {
             waiting: std::iter::repeat_with(Waiting::default).take(waiting).collect(),
             guest_requests: 0,
             serial: 0,
+            order: 0,
+            due_at_ns: u64::MAX,
+            seen_ns: 0,
+            images: Images::default(),
             abandoned: HashMap::new(),
             taken: Vec::with_capacity(BATCH),
             stored: Vec::with_capacity(BATCH),
@@ -166,10 +192,14 @@ impl Engine {
             if self.quit && self.flights.len() == 0 {
                 return;
             }
-            match self.waiter.turn(busy, self.parts.clock.now_ns()) {
+            self.seen_ns = self.now_ns();
+            match self.waiter.turn(busy, self.seen_ns) {
                 Turn::Poll => std::hint::spin_loop(),
                 Turn::Yield => self.yield_core(),
-                Turn::Sleep => self.sleep(),
+                Turn::Sleep => {
+                    self.sleep();
+                    self.seen_ns = self.now_ns();
+                }
             }
         }
     }
@@ -180,6 +210,8 @@ impl Engine {
         busy |= self.take_requests();
         busy |= self.reap_links();
         busy |= self.reap_stores();
+        busy |= self.check_deadlines();
+        busy |= self.check_quiet();
         busy |= self.publish();
         busy | self.check_stop()
     }
@@ -194,6 +226,7 @@ impl Engine {
         rustix::thread::sched_yield();
         let after = self.now_ns();
         self.waiter.yielded(after.saturating_sub(before));
+        self.seen_ns = after;
     }
 
     fn log(&self, level: LogLevel, text: &str) {
@@ -210,7 +243,10 @@ impl Engine {
                     self.broken = false;
                 }
                 Ok(Command::Stop { drain_ms, reply }) => self.begin_stop(drain_ms, reply),
-                Ok(Command::HostLost(host)) => self.lose(host),
+                Ok(Command::HostLost { host, life, is_for_good }) => {
+                    self.lose(host, life, is_for_good);
+                }
+                Ok(Command::HostBack { host, life, way }) => self.revive(host, life, *way),
                 Ok(Command::WindDown { drain_ms }) => self.wind_down(drain_ms),
                 Ok(Command::Quit) => self.begin_quit(),
                 Err(TryRecvError::Empty) => return busy,
@@ -289,9 +325,9 @@ impl Engine {
         for link in 0..self.parts.links.len() {
             let sane = self.parts.links[link].publish();
             if !sane {
-                self.give_up(link, "its ring makes no sense");
+                self.give_up(link, "its ring makes no sense", false);
             } else if self.parts.links[link].backlog() > backlog_max {
-                self.give_up(link, "it answers, and does not take what it is sent");
+                self.give_up(link, "it answers, and does not take what it is sent", false);
             } else {
                 continue;
             }
@@ -303,26 +339,6 @@ impl Engine {
         busy
     }
 
-    /// Gives a filter host up: it is killed, and what was with it fails.
-    pub(super) fn give_up(&mut self, link: usize, reason: &str) {
-        let link = &mut self.parts.links[link];
-        if !link.lost {
-            let host = link.host;
-            (self.parts.give_up)(host, reason);
-            self.lose(host);
-        }
-    }
-
-    fn lose(&mut self, host: HostId) {
-        for link in 0..self.parts.links.len() {
-            if self.parts.links[link].host == host && !self.parts.links[link].lost {
-                self.parts.links[link].lose();
-                self.abandoned.retain(|_, late| late.link != link);
-                self.fail_visits(|slot| slot.link == link);
-            }
-        }
-    }
-
     fn slot(&self, slot: SlotIndex) -> &Slot {
         &self.parts.slots[slot.index()]
     }
@@ -332,6 +348,8 @@ impl Engine {
         let patience =
             self.stop.as_ref().map(|stop| &stop.patience).into_iter().chain(&self.ending);
         let until_ns = patience.map(|patience| patience.until_ns).min();
+        let due_at_ns = (self.due_at_ns != u64::MAX).then_some(self.due_at_ns);
+        let until_ns = until_ns.into_iter().chain(due_at_ns).min();
         let ends = until_ns.map(|until_ns| until_ns.saturating_sub(self.now_ns()));
         // A filter host does not say when there is room in its ring again.
         let waits = self.parts.links.iter().any(|link| link.backlog() > 0);
@@ -342,7 +360,7 @@ impl Engine {
     fn sleep(&mut self) {
         let mut ready = true;
         for link in &mut self.parts.links {
-            ready &= link.lost || link.channel.completions.before_sleep();
+            ready &= !link.is_heard() || link.way.channel.completions.before_sleep();
         }
         for lane in &mut self.parts.lanes {
             ready &= lane.store.before_sleep();
@@ -374,7 +392,7 @@ impl Engine {
         }
         self.parts.wake.clear();
         for link in &mut self.parts.links {
-            link.channel.completions.after_sleep();
+            link.way.channel.completions.after_sleep();
         }
         if let Some(queue) = &mut self.frontend
             && listens

@@ -15,15 +15,15 @@ use std::time::Duration;
 use upcall_abi::filter::ISSUE_ARENA_SIZE;
 use upcall_abi::ring::{Completion, Submission, channel_size, completion_kind};
 use upcall_block::*;
-use upcall_chain::{Chain, Class, Generation, SlotSpec};
+use upcall_chain::{Chain, Class, Generation, OnFailure, SlotSpec};
 use upcall_ring::channel::{Channel, HostChannel};
 use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
 use upcall_stats::{HopKind, HopSnapshot, HopSpec, Page, PageReader};
 use upcall_store::MemoryStore;
 
-use super::{Clock, Command, Engine, Lane, Link, Parts, Slot};
+use super::{Clock, Command, Engine, Lane, Life, Link, Parts, Slot, Way};
 use crate::direct::{DirectClient, direct_queue};
-use crate::hosts::HostId;
+use crate::hosts::{HostId, HostNews};
 
 /// Bytes of a disk.
 pub const CAPACITY: u64 = 1 << 20;
@@ -161,6 +161,12 @@ pub struct Making {
     pub specs: Vec<SlotSpec>,
     /// By slot: whether its filter issues requests.
     pub issues: Vec<bool>,
+    /// By slot: what becomes of requests while its filter is gone.
+    pub on_failure: Vec<OnFailure>,
+    /// How long a filter may have a request; 0: as long as it likes.
+    pub deadline_ms: u64,
+    /// Filter hosts that the engine gives up die at once; otherwise when the test says so.
+    pub kills: bool,
     /// The stores of the own disk and of those that each filter is granted.
     pub lanes: Vec<(Box<dyn StoreQueue>, DiskInfo)>,
     /// Entries of a ring.
@@ -177,6 +183,9 @@ impl Making {
         let keeper = Keeper::default();
         let making = Making {
             issues: vec![false; specs.len()],
+            on_failure: vec![OnFailure::Fail; specs.len()],
+            deadline_ms: 0,
+            kills: true,
             specs,
             lanes: vec![(Box::new(keeper.clone()), info())],
             entries: 64,
@@ -195,6 +204,21 @@ pub fn info() -> DiskInfo {
 fn mapping(size: usize) -> Arc<Mapping> {
     let fd = memfd("world", size).unwrap();
     Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).unwrap())
+}
+
+/// One life of a played host, and the engine's way to it.
+fn a_life(index: usize, entries: u32, wake: &Doorbell, issue_arena: &Arc<Mapping>) -> (Host, Way) {
+    let (channel, fd) = Channel::create(entries).unwrap();
+    let doorbell = Doorbell::new().unwrap();
+    let size = channel_size(entries);
+    let host = Host {
+        channel: HostChannel::open(&fd).unwrap(),
+        memory: Mapping::new(fd.as_fd(), 0, size, Access::ReadWrite).unwrap(),
+        doorbell: doorbell.clone(),
+        worker: wake.clone(),
+        instance: index as u32,
+    };
+    (host, Way { channel, doorbell, issue_arena: Some(issue_arena.clone()) })
 }
 
 /// See the module.
@@ -218,6 +242,14 @@ pub struct World {
     pub log: Arc<Mutex<Vec<String>>>,
     /// Hosts that the engine wants killed, by slot, and why.
     pub given_up: Arc<Mutex<Vec<(usize, String)>>>,
+    /// Slots of which the engine said that nothing which their dead hosts had issued can
+    /// come late; each is taken out when its next host comes.
+    pub quiet: Arc<Mutex<Vec<usize>>>,
+    /// By slot: which life of its host is the latest.
+    lives: Vec<u32>,
+    kills: bool,
+    killed: usize,
+    entries: u32,
     /// What the guest is offered.
     pub info: DiskInfo,
     _page: Page,
@@ -251,25 +283,22 @@ impl World {
         let (mut links, mut hosts, mut slots) = (Vec::new(), Vec::new(), Vec::new());
         let granted = making.lanes.len() - 1;
         for index in 0..count {
-            let (channel, fd) = Channel::create(making.entries).unwrap();
-            let size = channel_size(making.entries);
-            let doorbell = Doorbell::new().unwrap();
-            hosts.push(Host {
-                channel: HostChannel::open(&fd).unwrap(),
-                memory: Mapping::new(fd.as_fd(), 0, size, Access::ReadWrite).unwrap(),
-                doorbell: doorbell.clone(),
-                worker: wake.clone(),
-                instance: index as u32,
-            });
-            let issue = Some(issue_arena.clone());
-            let name = format!("f{index}").as_str().into();
-            links.push(Link::new(HostId(index), name, index as u32, channel, doorbell, issue));
+            let (host, way) = a_life(index, making.entries, &wake, &issue_arena);
+            hosts.push(host);
+            links.push(Link::new(HostId(index), format!("f{index}").as_str().into(), way));
             slots.push(Slot {
                 link: index,
                 instance: index as u32,
                 issues: making.issues[index],
                 grants: (1..=granted).collect(),
                 arena: 1 + index,
+                on_failure: making.on_failure[index],
+                deadline_ns: match making.deadline_ms {
+                    0 => u64::MAX,
+                    ms => ms * 1_000_000,
+                },
+                keeps_images: making.on_failure[index] == OnFailure::Hold,
+                detached: false,
                 stats: page.block(1 + index, 0),
             });
         }
@@ -283,7 +312,9 @@ impl World {
         let (queue, client) = direct_queue().unwrap();
         let log: Arc<Mutex<Vec<String>>> = Arc::default();
         let given_up: Arc<Mutex<Vec<(usize, String)>>> = Arc::default();
+        let quiet: Arc<Mutex<Vec<usize>>> = Arc::default();
         let (log_sink, given_up_sink) = (log.clone(), given_up.clone());
+        let quiet_sink = quiet.clone();
         let parts = Parts {
             disk: "d".into(),
             clock,
@@ -298,8 +329,14 @@ impl World {
             request_stats: page.block(0, 0),
             store_stats: page.block(count + 1, 0),
             log: Arc::new(move |_, text| log_sink.lock().unwrap().push(text.to_owned())),
-            give_up: Arc::new(move |host: HostId, why: &str| {
-                given_up_sink.lock().unwrap().push((host.0, why.to_owned()));
+            tell: Arc::new(move |news| {
+                match news {
+                    HostNews::GiveUp { host, reason, .. } => {
+                        given_up_sink.lock().unwrap().push((host.0, reason));
+                    }
+                    HostNews::Quiet { host, .. } => quiet_sink.lock().unwrap().push(host.0),
+                }
+                true
             }),
         };
         commands.send(Command::Start(Box::new(queue))).unwrap();
@@ -316,6 +353,11 @@ impl World {
             issue_arena,
             log,
             given_up,
+            quiet,
+            lives: vec![0; count],
+            kills: making.kills,
+            killed: 0,
+            entries: making.entries,
             info,
             _page: page,
             page_path,
@@ -352,7 +394,15 @@ impl World {
 
     /// One turn of the engine's loop; whether there was something to do.
     pub fn turn(&mut self) -> bool {
-        self.engine.turn()
+        self.engine.seen_ns = self.engine.now_ns();
+        let mut busy = self.engine.turn();
+        while self.kills && self.killed < self.given_up.lock().unwrap().len() {
+            let host = self.given_up.lock().unwrap()[self.killed].0;
+            self.killed += 1;
+            self.lose_host(host);
+            busy = true;
+        }
+        busy
     }
 
     /// Turns until there is nothing to do.
@@ -370,9 +420,28 @@ impl World {
         self.engine.sleep_ns_max()
     }
 
-    /// The filter host of a slot has died.
+    /// The filter host of a slot has died. What it said before counts; what it says from
+    /// now on, nobody hears.
     pub fn lose_host(&mut self, host: usize) {
-        self.command(Command::HostLost(HostId(host)));
+        let life = Life(self.lives[host]);
+        let is_for_good = false;
+        self.command(Command::HostLost { host: HostId(host), life, is_for_good });
+    }
+
+    /// Another host serves a slot whose last one was lost; only when the slot is
+    /// [quiet](Self::quiet).
+    pub fn return_host(&mut self, host: usize) {
+        let (played, way) = a_life(host, self.entries, &self.wake, &self.issue_arena);
+        self.hosts[host] = played;
+        self.lives[host] += 1;
+        self.quiet.lock().unwrap().retain(|other| *other != host);
+        let (life, way) = (Life(self.lives[host]), Box::new(way));
+        self.command(Command::HostBack { host: HostId(host), life, way });
+    }
+
+    /// Whether the next host of a slot may come.
+    pub fn is_quiet(&self, host: usize) -> bool {
+        self.quiet.lock().unwrap().contains(&host)
     }
 
     /// The guest stops its queue: what was taken ends, what filters hold after `drain_ms` is

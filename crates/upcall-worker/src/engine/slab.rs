@@ -43,6 +43,12 @@ impl<T> Slab<T> {
         self.places.get_mut(number as usize)?.as_mut()
     }
 
+    /// Numbers and values, to change.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
+        let places = self.places.iter_mut().enumerate();
+        places.filter_map(|(number, place)| Some((number as u32, place.as_mut()?)))
+    }
+
     /// How many values are in.
     pub(crate) fn len(&self) -> usize {
         self.places.len() - self.free.len()

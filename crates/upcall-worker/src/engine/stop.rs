@@ -123,13 +123,14 @@ impl Engine {
             let Some(flight) = self.flights.get_mut(number) else { continue };
             if flight.waiting.take().is_some() {
                 // It waits for room in an arena: nobody has it yet.
-                for waiting in &mut self.waiting {
-                    waiting.requests.retain(|other| *other != number);
-                }
+                self.forget_waiting(number);
                 self.finish(number, Err(Errno::ECANCELED));
                 continue;
             }
-            let action = flight.flight.handle_cancel().action;
+            let mut action = flight.flight.handle_cancel().action;
+            if let Some(back) = self.leave_cancelled(number) {
+                action = back;
+            }
             self.carry_out(number, action);
         }
     }
@@ -146,6 +147,11 @@ impl Engine {
                 continue;
             }
             count += 1;
+            if !visit.with {
+                // It waits for a filter that does not come back in time.
+                self.fail_visit(number, visit.delivery);
+                continue;
+            }
             let link = self.slot(visit.slot).link;
             let chain = &self.parts.lanes[flight.lane].chain;
             let access = if visit.up {
@@ -155,13 +161,13 @@ impl Engine {
             };
             if flight.slice.is_some() && access == DataAccess::Change {
                 // It may still write there, and others shall use the memory.
-                self.give_up(link, "it answered neither a request nor its cancel");
+                self.give_up(link, "it answered neither a request nor its cancel", true);
                 continue;
             }
             self.abandoned.insert(visit.delivery.token(), Abandoned { link, held: false });
             self.fail_visit(number, visit.delivery);
             if self.abandoned.values().filter(|late| late.link == link).count() > ABANDONED_MAX {
-                self.give_up(link, "it owes too many answers");
+                self.give_up(link, "it owes too many answers", true);
             }
         }
         if count > 0 {

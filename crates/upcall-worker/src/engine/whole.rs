@@ -3,7 +3,7 @@
 
 use std::num::NonZeroU32;
 
-use upcall_block::{Op, RequestFlags, Status};
+use upcall_block::{Errno, Op, RequestFlags, Status};
 use upcall_chain::{Chunks, Join};
 use upcall_ring::Buffers;
 
@@ -44,6 +44,9 @@ impl Engine {
     /// Begins as many parts as may be in flight. Parts may end within, and the whole with
     /// the last of them.
     fn begin_parts(&mut self, number: u32) {
+        if self.wholes.get(number).is_some_and(|whole| self.is_orphaned(whole.origin)) {
+            return self.end_parts(number);
+        }
         while let Some(whole) = self.wholes.get_mut(number)
             && whole.parts < PARTS_AT_ONCE
             && let Some(range) = whole.chunks.next()
@@ -64,6 +67,20 @@ impl Engine {
         }
         if let Some(whole) = self.wholes.get_mut(number) {
             whole.beginning = false;
+        }
+    }
+
+    /// Begins no more parts: nobody wants them.
+    fn end_parts(&mut self, number: u32) {
+        let Some(whole) = self.wholes.get_mut(number) else { return };
+        let mut ended = None;
+        while ended.is_none() && whole.chunks.next().is_some() {
+            ended = whole.join.handle_part(Err(Errno::ECANCELED));
+        }
+        if let Some(status) = ended
+            && let Some(whole) = self.wholes.remove(number)
+        {
+            self.end(whole.origin, whole.op, whole.range, whole.arrived_ns, status);
         }
     }
 

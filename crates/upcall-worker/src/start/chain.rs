@@ -4,12 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use upcall_block::{DiskInfo, OpSet, Store};
-use upcall_chain::{Chain, ChainError, Class, Generation, SlotSpec};
-use upcall_filterhost::{Description, FilterFile, HostProcess, params};
+use upcall_chain::{
+    Chain, ChainError, Class, Generation, OnFailure, SlotSpec, default_deadline_ms,
+};
+use upcall_filterhost::{Description, FilterFile, params};
 
 use super::{Starting, StartingSlot};
 use crate::config::{DiskConfig, LogLevel, LogSink, Placement};
 use crate::error::StartError;
+use crate::recipe::Recipe;
 
 /// Starts the filter hosts that a disk's filters need and puts its chain together.
 pub(super) fn plan_chain(
@@ -25,7 +28,7 @@ pub(super) fn plan_chain(
     let mut specs = Vec::new();
     for slot in &config.chain {
         let host = host_of(disk, &slot.filter, slot.placement, hosts, log)?;
-        let Starting { description, instances, .. } = &mut hosts[host];
+        let description = &hosts[host].recipe.description;
         let params = params::check(description, &slot.params)
             .map_err(|source| StartError::Param { disk: disk.clone(), source: Box::new(source) })?;
         let grants = slot
@@ -43,17 +46,24 @@ pub(super) fn plan_chain(
         // Numbered through the worker, so that an entry that names a foreign instance never fits.
         let instance = *next_instance;
         *next_instance += 1;
-        instances.push(instance);
-        specs.push(spec_of(description, slot.order));
-        slots.push(Some(StartingSlot { host, instance, params, grants }));
+        let spec = spec_of(description, slot.order);
+        let on_failure = slot.on_failure.unwrap_or(OnFailure::default_for(&spec));
+        on_failure.check(&spec).map_err(|source| StartError::Policy {
+            disk: disk.clone(),
+            filter: description.name.clone(),
+            source,
+        })?;
+        let deadline_ms = slot.deadline_ms.unwrap_or(default_deadline_ms(spec.class));
+        specs.push(spec);
+        slots.push(Some(StartingSlot { host, instance, params, grants, on_failure, deadline_ms }));
     }
     let read_only =
         DiskInfo { read_only: store.info().read_only || config.read_only, ..store.info().clone() };
     let chain = Chain::new(Generation(1), specs, &read_only).map_err(|source| {
         let filter = match &source {
-            ChainError::Spec { source_index, .. } => {
-                slots[*source_index].as_ref().map(|slot| hosts[slot.host].description.name.clone())
-            }
+            ChainError::Spec { source_index, .. } => slots[*source_index]
+                .as_ref()
+                .map(|slot| hosts[slot.host].recipe.description.name.clone()),
             _ => None,
         };
         StartError::Chain {
@@ -93,23 +103,13 @@ fn host_of(
     let failed = |source| StartError::Filter { disk: disk.to_owned(), source: Box::new(source) };
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     if let Some(known) =
-        hosts.iter().position(|host| host.path == path && host.placement == placement)
+        hosts.iter().position(|host| host.path == path && host.recipe.placement == placement)
     {
         return Ok(known);
     }
     let file = FilterFile::open(&path).map_err(failed)?;
-    let mut process = HostProcess::start(&file, placement, filter_log(log)).map_err(failed)?;
-    let description = process.describe().map_err(failed)?;
-    let issue_arena = None;
-    hosts.push(Starting {
-        path,
-        placement,
-        process,
-        description,
-        issue_arena,
-        channels: 0,
-        instances: Vec::new(),
-    });
+    let (recipe, process) = Recipe::first(file, placement, filter_log(log)).map_err(failed)?;
+    hosts.push(Starting { path, process, recipe });
     Ok(hosts.len() - 1)
 }
 

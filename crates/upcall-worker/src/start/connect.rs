@@ -2,25 +2,21 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use upcall_abi::filter::ISSUE_ARENA_SIZE;
 use upcall_block::Op;
-use upcall_chain::{Chain, DataAccess, Entry, Route};
-use upcall_ring::channel::Channel;
+use upcall_chain::{Chain, DataAccess, Entry, OnFailure, Route};
 use upcall_ring::{Access, Arena, Doorbell, Mapping, memfd, read_only_view};
 use upcall_stats::Page;
 
 use super::{Starting, StartingDisk, system};
-use crate::config::LogSink;
-use crate::engine::{Clock, Link, Parts, Slot};
+use crate::config::{LogSink, Placement};
+use crate::engine::{Clock, Parts, Slot};
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, HostId, SupervisorOrders};
+use crate::recipe::{GivenArena, GivenChannel};
 
-/// Entries of each ring of a channel.
-const RING_ENTRIES: u32 = 1024;
 /// Bytes of an arena for each queue: for requests of the frontend, and for those that one
 /// filter issues. Each holds the largest request (4 MiB) more than once.
 const ARENA_GUEST: usize = 12 << 20;
@@ -70,7 +66,7 @@ pub(super) fn give_arena(
     }
     let mut issuing = 0;
     let issuers = disk.chain.slots().map(|(index, _)| {
-        let issues = hosts[disk.slots[index.index()].host].description.issues();
+        let issues = hosts[disk.slots[index.index()].host].recipe.description.issues();
         (issues && needs_arena(&disk.chain, Entry::Below(index))).then(|| {
             issuing += 1;
             issuing
@@ -90,52 +86,93 @@ pub(super) fn give_arena(
         let most =
             accesses.iter().filter(|(other, _)| other == host).map(|(_, access)| *access).max();
         let (fd, writable) = match most {
-            Some(DataAccess::Change) => (fd.as_fd(), true),
-            Some(DataAccess::Observe) => (view.as_fd(), false),
+            Some(DataAccess::Change) => (&fd, true),
+            Some(DataAccess::Observe) => (&view, false),
             _ => continue,
         };
-        hosts[*host].process.arena(number, fd, size as u64, writable).map_err(|source| {
-            StartError::Filter { disk: disk.name.to_string(), source: Box::new(source) }
-        })?;
+        hosts[*host].recipe.arenas.push(GivenArena {
+            number,
+            disk: disk.name.clone(),
+            fd: fd.try_clone().map_err(failed)?,
+            size: size as u64,
+            writable,
+        });
     }
     let mapping = Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).map_err(failed)?);
     disk.arena = Some(ArenaMemory { mapping, issuers, queue_bytes });
     Ok(())
 }
 
-/// Everything for a disk's queue threads except their stores, which they open themselves.
+/// A queue thread before it runs: without its stores, which it opens itself, and the links to
+/// filter hosts, which are not set up yet.
+pub(super) struct StartingEngine {
+    pub(super) handle: EngineHandle,
+    pub(super) parts: Parts,
+    /// In the order in which its slots count its links; and the channels' numbers.
+    pub(super) links: Vec<(HostId, u32)>,
+}
+
+/// Everything that is there for a disk's queue threads before the filter hosts are set up.
+/// `first` is the number of the first of them in the worker.
 pub(super) fn connect_engines(
     disks: &[StartingDisk],
     index: usize,
+    first: usize,
     hosts: &mut [Starting],
     page: &Arc<Page>,
     orders: &SupervisorOrders,
     log: &LogSink,
-) -> Result<Vec<(EngineHandle, Parts)>, StartError> {
+) -> Result<Vec<StartingEngine>, StartError> {
     let disk = &disks[index];
     let mut engines = Vec::new();
+<<<<<<< HEAD
     for queue in 0..disk.config.threads() {
         let failed = |source| system(&disk.name, "make a channel", source);
+=======
+    for queue in 0..disk.config.queues {
+        let failed = |source| system(&disk.name, "make a doorbell", source);
+>>>>>>> 20e812c (wip)
         let (commands, receiver) = channel();
         let wake = Doorbell::new().map_err(failed)?;
-        let mut links: Vec<Link> = Vec::new();
+        let mut links: Vec<(HostId, u32)> = Vec::new();
         let mut slots = Vec::new();
         for (place, slot) in disk.slots.iter().enumerate() {
             let host = HostId(slot.host);
-            let link = match links.iter().position(|link| link.host == host) {
+            let recipe = &mut hosts[slot.host].recipe;
+            let link = match links.iter().position(|(known, _)| *known == host) {
                 Some(link) => link,
                 None => {
-                    links.push(connect(&disk.name, index, host, &mut hosts[slot.host], &wake)?);
+                    links.push((host, recipe.channels.len() as u32));
+                    recipe.channels.push(GivenChannel {
+                        number: index as u32,
+                        disk: disk.name.clone(),
+                        engine: first + engines.len(),
+                        wake: wake.clone(),
+                    });
                     links.len() - 1
                 }
             };
+            let is_inline = recipe.placement == Placement::Inline;
+            let changes = disk
+                .chain
+                .slots()
+                .nth(place)
+                .is_some_and(|(_, spec)| spec.arena_access() == DataAccess::Change);
             slots.push(Slot {
                 link,
                 instance: slot.instance,
-                issues: hosts[slot.host].description.issues(),
+                issues: recipe.description.issues(),
                 grants: slot.grants.iter().map(|granted| lane_of(disk, *granted)).collect(),
                 // One that needs none never asks.
                 arena: disk.arena.as_ref().and_then(|arena| arena.issuers[place]).unwrap_or(0),
+                on_failure: slot.on_failure,
+                deadline_ns: match slot.deadline_ms {
+                    0 => u64::MAX,
+                    _ if is_inline => u64::MAX,
+                    ms => ms.saturating_mul(1_000_000),
+                },
+                keeps_images: changes && !is_inline && slot.on_failure == OnFailure::Hold,
+                detached: false,
                 stats: page.block(disk.first_hop + 1 + place, queue),
             });
         }
@@ -150,14 +187,14 @@ pub(super) fn connect_engines(
             wake: wake.clone(),
             lanes: Vec::new(),
             slots,
-            links,
+            links: Vec::new(),
             arenas,
             request_stats: page.block(disk.first_hop, queue),
             store_stats: page.block(disk.first_hop + 1 + disk.slots.len(), queue),
             log: log.clone(),
-            give_up: orders.give_up(),
+            tell: orders.tell(),
         };
-        engines.push((EngineHandle { commands, wake }, parts));
+        engines.push(StartingEngine { handle: EngineHandle { commands, wake }, parts, links });
     }
     Ok(engines)
 }
@@ -175,32 +212,4 @@ pub(super) fn granted(disk: &StartingDisk) -> Vec<usize> {
 
 fn lane_of(disk: &StartingDisk, granted_disk: usize) -> usize {
     1 + granted(disk).iter().position(|known| *known == granted_disk).unwrap_or(0)
-}
-
-fn connect(
-    disk: &str,
-    number: usize,
-    id: HostId,
-    host: &mut Starting,
-    wake: &Doorbell,
-) -> Result<Link, StartError> {
-    let failed = |source| system(disk, "make a channel", source);
-    let filter_failed =
-        |source| StartError::Filter { disk: disk.to_owned(), source: Box::new(source) };
-    if host.description.issues() && host.issue_arena.is_none() {
-        let fd = memfd("upcall-issue-arena", ISSUE_ARENA_SIZE as usize).map_err(failed)?;
-        host.process.issue_arena(fd.as_fd(), ISSUE_ARENA_SIZE).map_err(filter_failed)?;
-        let mapping =
-            Mapping::new(&fd, 0, ISSUE_ARENA_SIZE as usize, Access::ReadWrite).map_err(failed)?;
-        host.issue_arena = Some(Arc::new(mapping));
-    }
-    let (ring, fd) = Channel::create(RING_ENTRIES).map_err(failed)?;
-    let doorbell = Doorbell::new().map_err(failed)?;
-    let channel = host.channels;
-    host.channels += 1;
-    host.process
-        .channel(channel, number as u32, fd.as_fd(), doorbell.as_fd(), wake.as_fd())
-        .map_err(filter_failed)?;
-    let name = host.description.name.as_str().into();
-    Ok(Link::new(id, name, channel, ring, doorbell, host.issue_arena.clone()))
 }

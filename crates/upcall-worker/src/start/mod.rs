@@ -10,24 +10,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use upcall_block::Store;
-use upcall_chain::Chain;
+use upcall_chain::{Chain, OnFailure};
+use upcall_filterhost::HostProcess;
 use upcall_filterhost::params::Checked;
-use upcall_filterhost::{Description, HostProcess};
-use upcall_ring::Mapping;
 use upcall_stats::{HopKind, HopSpec, Page};
 use upcall_store::{MemoryStore, NullStore, RawOptions, RawStore};
 use upcall_vhost::{BlkConfig, BlkOptions, Listener};
 
 use crate::config::{
-    DiskConfig, FrontendConfig, LogLevel, LogSink, Placement, SocketSource, StoreConfig,
-    WorkerConfig,
+    DiskConfig, FrontendConfig, LogLevel, LogSink, SocketSource, StoreConfig, WorkerConfig,
 };
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, Supervisor, SupervisorOrders};
+use crate::recipe::Recipe;
 use crate::worker::{RunningEngine, Worker};
 use chain::plan_chain;
 use connect::{ArenaMemory, connect_engines, give_arena};
-use open::{open_instances, serve, start_engines};
+use open::{plan_instances, serve, set_up_hosts, start_engines};
 
 /// Most queues of a disk.
 const QUEUES_MAX: u16 = 64;
@@ -35,12 +34,8 @@ const QUEUES_MAX: u16 = 64;
 /// A filter host while the worker is being put together.
 struct Starting {
     path: PathBuf,
-    placement: Placement,
     process: HostProcess,
-    description: Description,
-    issue_arena: Option<Arc<Mapping>>,
-    channels: u32,
-    instances: Vec<u32>,
+    recipe: Recipe,
 }
 
 /// A slot while the worker is being put together.
@@ -49,6 +44,8 @@ struct StartingSlot {
     instance: u32,
     params: Checked,
     grants: Vec<usize>,
+    on_failure: OnFailure,
+    deadline_ms: u64,
 }
 
 /// A disk while the worker is being put together.
@@ -68,7 +65,11 @@ struct StartingDisk {
 
 /// See [`Worker::start`].
 pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
+<<<<<<< HEAD
     let WorkerConfig { mut disks, stats, drain_ms, log } = config;
+=======
+    let WorkerConfig { disks, stats, drain_ms, recovery, log } = config;
+>>>>>>> 20e812c (wip)
     check_names(&disks)?;
     let stores = disks.iter().map(|disk| open_store(disk, &log)).collect::<Result<Vec<_>, _>>()?;
     let nbd_servers = nbd::listen(&mut disks)?;
@@ -106,28 +107,29 @@ pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
     let nbd_exports = nbd::exports(&nbd_servers, &starting)?;
     let page = make_page(stats, &starting, &hosts)?;
     let orders = SupervisorOrders::new().map_err(|source| system("", "make a doorbell", source))?;
-    let mut parts = Vec::new();
+    let mut engines = Vec::new();
+    let mut first = 0;
     for index in 0..starting.len() {
         give_arena(&mut starting[index], index as u32, &mut hosts)?;
-        parts.push(connect_engines(&starting, index, &mut hosts, &page, &orders, &log)?);
+        let own = connect_engines(&starting, index, first, &mut hosts, &page, &orders, &log)?;
+        first += own.len();
+        engines.push(own);
     }
-    let shown = open_instances(&starting, &mut hosts)?;
-    for (_, parts) in parts.iter_mut().flatten() {
-        for link in &mut parts.links {
-            link.inline = hosts[link.host.0].process.inline_channel(link.number);
-        }
-    }
+    plan_instances(&starting, &mut hosts);
+    let instances = hosts
+        .iter()
+        .map(|host| host.recipe.instances.iter().map(|given| given.instance).collect())
+        .collect();
+    let filter_names: Vec<String> =
+        hosts.iter().map(|host| host.recipe.description.name.clone()).collect();
+    let watched = set_up_hosts(hosts, &mut engines)?;
     let mut served = Vec::new();
-    for (index, parts) in parts.into_iter().enumerate() {
-        served.push(start_engines(&starting, index, parts)?);
+    for (index, engines) in engines.into_iter().enumerate() {
+        served.push(start_engines(&starting, index, engines)?);
     }
     let all: Vec<EngineHandle> =
         served.iter().flatten().map(|engine: &RunningEngine| engine.handle.clone()).collect();
-    let instances = hosts.iter().map(|host| host.instances.clone()).collect();
-    let filter_names: Vec<String> =
-        hosts.iter().map(|host| host.description.name.clone()).collect();
-    let processes = hosts.into_iter().map(|host| host.process).collect();
-    let supervisor = Supervisor::start(processes, all, shown, page.clone(), log.clone(), orders)
+    let supervisor = Supervisor::start(watched, all, recovery, page.clone(), log.clone(), orders)
         .map_err(|source| system("", "start a thread", source))?;
     let mut disks = Vec::new();
     for (disk, engines) in starting.into_iter().zip(served) {
@@ -166,7 +168,7 @@ fn make_page(
         specs.extend(
             disk.slots
                 .iter()
-                .map(|slot| hop(hosts[slot.host].description.name.clone(), HopKind::Filter)),
+                .map(|slot| hop(hosts[slot.host].recipe.description.name.clone(), HopKind::Filter)),
         );
         specs.push(hop("store".into(), HopKind::Store));
     }

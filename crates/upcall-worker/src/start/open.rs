@@ -4,22 +4,19 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
 use upcall_abi::control::Disk as WireDisk;
-use upcall_filterhost::{Counters, OpenInstance};
 
-use super::connect::granted;
+use super::connect::{StartingEngine, granted};
 use super::{Starting, StartingDisk, system};
 use crate::config::LogSink;
-use crate::engine::{Engine, Lane, Parts};
+use crate::engine::{Engine, Lane, Link};
 use crate::error::StartError;
 use crate::frontend::Frontend;
-use crate::hosts::{EngineHandle, ShownCounters};
+use crate::hosts::{EngineHandle, Watched};
+use crate::recipe::GivenInstance;
 use crate::worker::{RunningEngine, ServedDisk};
 
-/// Opens all instances: from here on files of parameters exist and filters' code runs.
-pub(super) fn open_instances(
-    disks: &[StartingDisk],
-    hosts: &mut [Starting],
-) -> Result<Vec<ShownCounters>, StartError> {
+/// Writes down which instances each filter host is to open.
+pub(super) fn plan_instances(disks: &[StartingDisk], hosts: &mut [Starting]) {
     let wire = |disk: &StartingDisk| {
         let info = disk.chain.info();
         WireDisk {
@@ -28,55 +25,59 @@ pub(super) fn open_instances(
             read_only: u32::from(info.read_only),
         }
     };
-    let mut loaded = vec![false; hosts.len()];
-    let mut shown = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
-        let failed =
-            |source| StartError::Filter { disk: disk.name.to_string(), source: Box::new(source) };
         for (place, slot) in disk.slots.iter().enumerate() {
-            let process = &mut hosts[slot.host].process;
-            if !std::mem::replace(&mut loaded[slot.host], true) {
-                process.load().map_err(failed)?;
-            }
-            let params = slot.params.open().map_err(|source| StartError::Param {
-                disk: disk.name.to_string(),
-                source: Box::new(source),
-            })?;
-            let counters =
-                Counters::new().map_err(|source| system(&disk.name, "make counters", source))?;
-            let all: Vec<WireDisk> = std::iter::once(wire(disk))
-                .chain(slot.grants.iter().map(|granted| wire(&disks[*granted])))
-                .collect();
-            process
-                .open(&OpenInstance {
-                    instance: slot.instance,
-                    arena: number as u32,
-                    disks: &all,
-                    params: &params,
-                    counters: &counters,
-                })
-                .map_err(failed)?;
-            shown.push(ShownCounters { hop: disk.first_hop + 1 + place, counters });
+            let granted = slot.grants.iter().map(|granted| wire(&disks[*granted]));
+            hosts[slot.host].recipe.instances.push(GivenInstance {
+                instance: slot.instance,
+                number: number as u32,
+                disk: disk.name.clone(),
+                disks: std::iter::once(wire(disk)).chain(granted).collect(),
+                params: slot.params.clone(),
+                hop: disk.first_hop + 1 + place,
+                on_failure: slot.on_failure,
+            });
         }
     }
-    for host in hosts {
-        host.process.serve().map_err(|source| StartError::Filter {
-            disk: String::new(),
-            source: Box::new(source),
-        })?;
+}
+
+/// Sets all filter hosts up and links the queue threads to them: from here on files of
+/// parameters exist and filters' code runs.
+pub(super) fn set_up_hosts(
+    hosts: Vec<Starting>,
+    engines: &mut [Vec<StartingEngine>],
+) -> Result<Vec<Watched>, StartError> {
+    let mut watched = Vec::new();
+    let mut ways = Vec::new();
+    for Starting { mut process, recipe, .. } in hosts {
+        let set_up = recipe.set_up(&mut process)?;
+        ways.push(set_up.ways.into_iter().map(Some).collect::<Vec<_>>());
+        watched.push(Watched { recipe: Arc::new(recipe), process, counters: set_up.counters });
     }
-    Ok(shown)
+    for engine in engines.iter_mut().flatten() {
+        for (host, channel) in &engine.links {
+            let way = ways[host.0].get_mut(*channel as usize).and_then(Option::take);
+            let Some(way) = way else { unreachable!("a host has a way for each of its channels") };
+            let Watched { recipe, process, .. } = &mut watched[host.0];
+            let name = recipe.description.name.as_str().into();
+            let mut link = Link::new(*host, name, way);
+            link.inline = process.inline_channel(*channel);
+            engine.parts.links.push(link);
+        }
+    }
+    Ok(watched)
 }
 
 /// Starts a disk's queue threads; each opens its stores itself.
 pub(super) fn start_engines(
     disks: &[StartingDisk],
     index: usize,
-    parts: Vec<(EngineHandle, Parts)>,
+    starting: Vec<StartingEngine>,
 ) -> Result<Vec<RunningEngine>, StartError> {
     let disk = &disks[index];
     let mut engines = Vec::new();
-    for (queue, (handle, mut parts)) in parts.into_iter().enumerate() {
+    for (queue, engine) in starting.into_iter().enumerate() {
+        let StartingEngine { handle, mut parts, .. } = engine;
         let lanes: Vec<_> = std::iter::once(index)
             .chain(granted(disk))
             .map(|lane| (disks[lane].chain.clone(), disks[lane].store.clone()))

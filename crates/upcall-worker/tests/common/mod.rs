@@ -57,6 +57,8 @@ pub fn slot(filter: &std::path::Path) -> SlotConfig {
         filter: filter.to_owned(),
         order: 0,
         placement: Placement::Isolated,
+        deadline_ms: None,
+        on_failure: None,
         params: Vec::new(),
         grants: Vec::new(),
     }
@@ -67,7 +69,13 @@ pub fn start(disks: Vec<DiskConfig>, log: &Log) -> Worker {
 }
 
 pub fn try_start(disks: Vec<DiskConfig>, log: &Log) -> Result<Worker, StartError> {
-    Worker::start(WorkerConfig { disks, stats: None, drain_ms: 300, log: log.sink() })
+    Worker::start(WorkerConfig {
+        disks,
+        stats: None,
+        drain_ms: 300,
+        recovery: RecoveryPolicy::default(),
+        log: log.sink(),
+    })
 }
 
 /// One queue of a disk, driven from the test.

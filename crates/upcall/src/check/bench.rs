@@ -7,7 +7,8 @@ use std::time::Duration;
 use upcall_block::DiskInfo;
 use upcall_stats::{HopSnapshot, PageReader};
 use upcall_worker::{
-    DiskConfig, LogLevel, LogSink, Placement, SlotConfig, StoreConfig, Worker, WorkerConfig,
+    DiskConfig, LogLevel, LogSink, OnFailure, Placement, RecoveryPolicy, SlotConfig, StoreConfig,
+    Worker, WorkerConfig,
 };
 
 use super::driver::Driver;
@@ -70,6 +71,7 @@ impl Bench {
             disks: disks(target),
             stats: Some(stats.clone()),
             drain_ms: DRAIN_MS,
+            recovery: RecoveryPolicy::default(),
             log: log.sink(),
         };
         let worker = Worker::start(config).map_err(|error| error.to_string())?;
@@ -148,6 +150,9 @@ fn disks(target: &Target) -> Vec<DiskConfig> {
         filter: target.filter.clone(),
         order: 0,
         placement: target.placement,
+        // A check has its own patience, and what fails here must be seen.
+        deadline_ms: Some(0),
+        on_failure: Some(OnFailure::Fail),
         params: target.params.clone(),
         grants: granted.clone(),
     };

@@ -23,7 +23,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use rustix::process::Pid;
-use upcall_worker::{LogLevel, SocketSource, Wake, Worker, WorkerConfig};
+use upcall_worker::{LogLevel, RecoveryPolicy, SocketSource, Wake, Worker, WorkerConfig};
 
 use self::handover::{Orders, ToSupervisor};
 use self::plan::{Plan, Socket};
@@ -99,6 +99,7 @@ fn serve(
         disks: plan.disks,
         stats: Some(stats.clone()),
         drain_ms: args.drain_ms,
+        recovery: RecoveryPolicy::default(),
         log: log.clone(),
     };
     let worker = Worker::start(config).map_err(Failure::new)?;

@@ -158,6 +158,8 @@ fn slot_of(spec: FilterSpec) -> SlotConfig {
         filter: spec.file,
         order: spec.order.map_or(0, |given| given.0),
         placement: spec.placement.map_or(Placement::Isolated, |given| given.0),
+        deadline_ms: None,
+        on_failure: None,
         params: spec.params,
         grants: spec.grant,
     }

@@ -106,6 +106,7 @@ pub mod tests {
                 name: name.into(),
                 kind,
                 block,
+                health: FilterHealth::default(),
                 counters: if kind == HopKind::Filter { vec![("lines".into(), 7)] } else { vec![] },
             }
         };

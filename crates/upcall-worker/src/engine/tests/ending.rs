@@ -10,7 +10,6 @@ use upcall_block::*;
 
 use super::{Command, PAGE};
 use crate::engine::sim::*;
-use crate::hosts::HostId;
 
 type Stopped = Receiver<Option<Box<dyn RequestQueue>>>;
 
@@ -144,10 +143,10 @@ fn a_host_that_is_lost_owes_nothing_any_more() {
     let _start = world.sent(0);
     let stopped = stop(&mut world, 0);
     wait(&mut world, &stopped);
-    world.commands.send(Command::HostLost(HostId(1))).unwrap();
+    world.lose_host(1);
     world.settle();
     assert_eq!(world.engine.abandoned.len(), 1);
-    world.commands.send(Command::HostLost(HostId(0))).unwrap();
+    world.lose_host(0);
     world.settle();
     assert!(world.engine.abandoned.is_empty());
     world.assert_empty();

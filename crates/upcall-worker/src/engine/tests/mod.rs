@@ -2,6 +2,7 @@
 
 mod data;
 mod ending;
+mod lives;
 mod model;
 
 use std::time::{Duration, Instant};
@@ -12,7 +13,6 @@ use upcall_abi::ring::{Completion, SUBMISSION_HEAD_OFFSET, completion_kind, subm
 use upcall_block::*;
 
 use super::Command;
-use crate::hosts::HostId;
 
 const PAGE: u32 = 4096;
 
@@ -169,7 +169,7 @@ fn any_number_of_requests_that_wait_for_room_end_in_little_stack_when_their_filt
         }
         world.settle();
         assert_eq!(world.engine.flights.len(), 256);
-        world.commands.send(Command::HostLost(HostId(1))).unwrap();
+        world.lose_host(1);
         world.settle();
         let reports = std::iter::from_fn(|| world.hosts[0].take());
         assert_eq!(reports.filter(|entry| entry.status == -5).count(), 256);
@@ -191,7 +191,7 @@ fn the_statistics_are_empty_again_however_a_visit_ends() {
         world.hosts[0].answer(start, 99);
     };
     let lost = |world: &mut World, _: &upcall_abi::ring::Submission| {
-        world.commands.send(Command::HostLost(HostId(0))).unwrap();
+        world.lose_host(0);
     };
     type End = dyn Fn(&mut World, &upcall_abi::ring::Submission);
     let ends: [(&End, u64); 4] =
@@ -325,7 +325,7 @@ fn a_filter_issues_only_what_it_may_and_only_so_much() {
     assert_eq!(world.hops()[1].block.violations, 1);
     assert_eq!(world.engine.flights.len(), 256);
     // Its own requests enter below it. When it is lost, they finish, and nobody is told.
-    world.commands.send(Command::HostLost(HostId(0))).unwrap();
+    world.lose_host(0);
     for _ in 0..10 {
         world.settle();
         while let Some(start) = world.hosts[1].take() {

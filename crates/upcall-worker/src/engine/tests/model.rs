@@ -7,14 +7,12 @@ use std::sync::Arc;
 use upcall_abi::filter::verdict;
 use upcall_abi::ring::{Submission, submission_kind};
 use upcall_block::*;
-use upcall_chain::{Class, SlotSpec};
+use upcall_chain::{Class, OnFailure, SlotSpec};
 use upcall_ring::Buffers;
 use upcall_store::MemoryStore;
 use upcall_store::testing::{Faults, FaultyStore};
 
-use super::Command;
 use crate::engine::sim::*;
-use crate::hosts::HostId;
 
 const SECTOR: usize = 512;
 const KEY: u8 = 0x5a;
@@ -96,6 +94,9 @@ impl Play {
             entries: [4, 64][random.below(2) as usize],
             pages: [8, 100][random.below(2) as usize],
             plays_clock: true,
+            on_failure: vec![OnFailure::Fail; 4],
+            deadline_ms: 0,
+            kills: true,
         };
         Play {
             world: World::new(making),
@@ -256,7 +257,7 @@ impl Play {
         if host == HOLDER {
             self.held.clear();
         }
-        self.world.commands.send(Command::HostLost(HostId(host))).unwrap();
+        self.world.lose_host(host);
         self.world.engine.turn();
         while self.world.hosts[host].take().is_some() {}
     }
