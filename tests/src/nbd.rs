@@ -198,13 +198,17 @@ impl RawNbd {
     /// Reads so many bytes.
     #[track_caller]
     pub fn read(&mut self, count: usize) -> Vec<u8> {
+        self.try_read(count).unwrap()
+    }
+
+    /// Reads so many bytes, if the other side sends them.
+    pub fn try_read(&mut self, count: usize) -> std::io::Result<Vec<u8>> {
         let mut bytes = vec![0; count];
-        let result = match &mut self.0 {
-            Stream::Unix(stream) => stream.read_exact(&mut bytes),
-            Stream::Tcp(stream) => stream.read_exact(&mut bytes),
-        };
-        result.unwrap();
-        bytes
+        match &mut self.0 {
+            Stream::Unix(stream) => stream.read_exact(&mut bytes)?,
+            Stream::Tcp(stream) => stream.read_exact(&mut bytes)?,
+        }
+        Ok(bytes)
     }
 
     /// Reads until the other side ends the connection, which it must in time; gives what
