@@ -5,6 +5,7 @@
 //!   qemu-storage-daemon, a peer no one here wrote, to prove the clients right.
 //! - [`Driver`] is a well-behaved guest (the `virtio-driver` crate); [`RawClient`] can say
 //!   anything at all, also what no sane guest says.
+//! - [`Kind`] makes images of QEMU's formats and judges them with qemu-img.
 //! - [`Top`] reads what `upcall top` says.
 //! - [`Workload`] drives either with random requests from a seed and knows what every byte
 //!   must be.
@@ -16,6 +17,7 @@ pub mod checks;
 mod client;
 mod driver;
 mod fixture;
+mod image;
 mod load;
 mod memory;
 mod message;
@@ -33,6 +35,7 @@ pub use build::{c_filter, root, rust_filter, upcall_program};
 pub use client::{Client, Io, Outcome, SLOT_BYTES};
 pub use driver::Driver;
 pub use fixture::{CHAINS, Disk, Filter};
+pub use image::{Kind, qemu_img};
 pub use load::{Load, LoadCounts, LoadMix};
 pub use memory::SharedMemory;
 pub use message::{Connection, Message, request};

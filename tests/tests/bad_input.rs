@@ -182,7 +182,7 @@ fn formats_are_never_probed() {
     drop(driver);
     server.stop();
     // What is not raw is not served as raw, nor guessed: it is wrong usage.
-    refused(&place.scratch, 2, &["--disk", &place.disk(",format=qcow2")], &["qcow2", "raw"]);
+    refused(&place.scratch, 2, &["--disk", &place.disk(",format=qed")], &["qed", "raw, qcow2"]);
 }
 
 #[test]

@@ -23,7 +23,7 @@ pub enum OpenError {
         access: &'static str,
     },
     /// A directory, socket, terminal, ...
-    #[error("{name}: is {kind}; a raw store needs a regular file or a block device")]
+    #[error("{name}: is {kind}; a disk needs a regular file or a block device")]
     NotADisk {
         /// The image.
         name: String,
@@ -96,6 +96,48 @@ pub enum OpenError {
         has: &'static str,
         /// What is needed.
         wants: &'static str,
+    },
+    /// An image that its format's reader does not take, or that is asked for in a way that
+    /// its format does not have.
+    #[error("{name}: cannot be served as {format}: {reason}")]
+    Image {
+        /// The image.
+        name: String,
+        /// As what it was to be read.
+        format: &'static str,
+        /// What is wrong with it, and what to do if that is known.
+        reason: String,
+    },
+    /// An image that consists of several files, and nobody said where they may be.
+    #[error(
+        "{name}: its data is in other files ({extents}); name the folder they are in, which is \
+         to say that they may be opened: extents=FOLDER"
+    )]
+    Extents {
+        /// The image.
+        name: String,
+        /// What it calls them.
+        extents: String,
+    },
+    /// An extent that is a folder, a socket, a device, ...
+    #[error("{name}: an extent of an image must be a regular file, and this is none")]
+    Extent {
+        /// The extent.
+        name: String,
+    },
+    /// What reads formats is missing.
+    #[error(
+        "{name}: {format} images need {program}, version 7.2 or newer, which is not installed \
+         (or not in PATH): apt-get install qemu-system-common (Debian, Ubuntu), dnf install \
+         qemu-img (Fedora), pacman -S qemu-storage-daemon (Arch)"
+    )]
+    NotInstalled {
+        /// The image.
+        name: String,
+        /// Its format.
+        format: &'static str,
+        /// The program.
+        program: String,
     },
     /// Anything else the system refuses.
     #[error("{name}: cannot {action}: {source}")]

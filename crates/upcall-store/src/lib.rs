@@ -1,6 +1,7 @@
-//! Where data ends up: raw files and block devices, memory, nothing.
+//! Where data ends up: raw files and block devices, images of other formats, memory, nothing.
 //!
 //! * [`RawStore`]: an image whose bytes are the disk's bytes, on io_uring or on a few threads.
+//! * [`ImageStore`]: qcow2, VMDK and others, read by a confined qemu-storage-daemon.
 //! * [`MemoryStore`]: memory that is gone when the store is. [`NullStore`]: reads zeroes.
 //!
 //! Formats are never probed: a file is raw because the operator said so, and a guest that
@@ -12,11 +13,13 @@
 //! and after a failed flush nothing that writes ever succeeds again.
 
 mod error;
+mod image;
 mod memory;
 mod raw;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 pub use error::OpenError;
+pub use image::{ImageFormat, ImageOptions, ImageStore, Layer};
 pub use memory::{MemoryStore, NullStore};
 pub use raw::{Engine, OnFailure, RawOptions, RawStore};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use upcall_chain::{OnFailure, RecoveryPolicy};
 pub use upcall_filterhost::Placement;
 pub use upcall_nbd::TlsFiles;
-pub use upcall_store::Engine;
+pub use upcall_store::{Engine, ImageFormat, ImageOptions, Layer};
 
 /// All that one worker serves: the disks of one VM.
 pub struct WorkerConfig {
@@ -81,6 +81,9 @@ pub enum StoreConfig {
         /// How it is read and written.
         engine: Engine,
     },
+    /// An image of another format. Whether it is read-only is the disk's to say, and who is
+    /// told of its daemon is the worker's.
+    Image(Box<ImageOptions>),
     /// Memory of the worker, lost at its end.
     Memory {
         /// Size; a multiple of 512.

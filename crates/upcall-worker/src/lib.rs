@@ -20,8 +20,9 @@ mod start;
 mod worker;
 
 pub use config::{
-    DiskConfig, Engine, FrontendConfig, LogLevel, LogSink, NbdAddress, NbdConfig, NbdTls,
-    Placement, SlotConfig, SocketSource, StoreConfig, TlsFiles, WorkerConfig,
+    DiskConfig, Engine, FrontendConfig, ImageFormat, ImageOptions, Layer, LogLevel, LogSink,
+    NbdAddress, NbdConfig, NbdTls, Placement, SlotConfig, SocketSource, StoreConfig, TlsFiles,
+    WorkerConfig,
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;

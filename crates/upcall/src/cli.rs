@@ -56,9 +56,16 @@ pub struct ServeArgs {
     /// Commas in values are doubled. Words:
     ///
     /// name=NAME: in messages and for --filter; letters, digits, -, _ and .
-    /// file=PATH: a raw image file or block device.
+    /// file=PATH: an image file or block device.
     /// memory=SIZE: memory, lost at the end. null=SIZE: reads zeroes, forgets writes.
-    /// format=raw: the only format served; formats are never probed.
+    /// format=raw|qcow2|vmdk|vhdx|vdi|vpc: what the image is (default: raw); never probed.
+    /// What is not raw is read by a confined qemu-storage-daemon, which opens nothing but
+    /// the files named here, whatever the image names.
+    /// backing=FORMAT:PATH: the image below (qcow2, vmdk); may be repeated, nearest first.
+    /// data-file=PATH: where a qcow2 image's data is, if not in itself.
+    /// extents=FOLDER: where the files are that a vmdk image consists of.
+    /// secret=PATH: the passphrase of an encrypted qcow2 image, exactly this file's bytes;
+    /// /dev/fd/N for an inherited descriptor.
     /// socket=PATH: where QEMU connects (default: ./NAME.sock).
     /// fd=N: an inherited listening socket instead. Sockets that systemd hands over are
     /// taken by their FileDescriptorName=, which is the disk's name, or in order.
@@ -139,6 +146,7 @@ Examples:
   upcall serve --disk name=root,file=disk.img
   upcall serve --disk name=root,file=disk.img,socket=/run/vm1/root.sock,queues=2 \\
       --filter disk=root,file=/usr/lib/upcall/libupcall_throttle.so,param.iops=500
+  upcall serve --disk name=root,file=vm1.qcow2,format=qcow2,backing=qcow2:base.qcow2
   upcall serve --config vm1.toml
 
 vm1.toml:

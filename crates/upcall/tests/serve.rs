@@ -164,7 +164,7 @@ fn bad_input_is_named_with_the_right_exit_code() {
     let cases: &[(&[&str], i32, &[&str])] = &[
         (&[], 2, &["--disk"]),
         (&["--disk", "name=a,file=x,colour=blue"], 2, &["colour"]),
-        (&["--disk", "name=a,file=x,format=qcow2"], 2, &["qcow2", "raw"]),
+        (&["--disk", "name=a,file=x,format=qed"], 2, &["qed", "raw, qcow2"]),
         (&["--disk", &right, "--filter", "file=x"], 2, &["disk=NAME"]),
         (&["--disk", &right, "--drain-ms", "soon"], 2, &["soon"]),
         (&["--disk", "name=a,file=/nowhere/a.img,socket=/nowhere/s"], 1, &["/nowhere/a.img"]),

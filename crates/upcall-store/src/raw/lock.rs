@@ -35,6 +35,14 @@ pub(crate) fn take(file: &File, read_only: bool) -> io::Result<bool> {
     with_grace(|| try_take(file, read_only), is_refused)
 }
 
+/// As [`take`], but leaves alone the bytes that QEMU uses: a QEMU that is given the file locks
+/// those itself. Raw stores exclude each other and it, through the bytes before.
+pub(crate) fn take_beside_qemu(file: &File, read_only: bool) -> io::Result<bool> {
+    let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let is_refused = |result: &io::Result<bool>| matches!(result, Ok(false));
+    with_grace(|| set(file, kind, 0, USES_READ), is_refused)
+}
+
 /// Tries again for a moment while something is in the way.
 pub(crate) fn with_grace<T>(attempt: impl Fn() -> T, is_refused: impl Fn(&T) -> bool) -> T {
     let start = Instant::now();

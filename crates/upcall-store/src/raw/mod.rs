@@ -9,7 +9,7 @@ mod aligned;
 mod extents;
 mod flusher;
 mod job;
-mod lock;
+pub(crate) mod lock;
 mod shared;
 mod target;
 #[cfg(test)]
@@ -22,7 +22,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -118,35 +118,7 @@ impl RawStore {
     /// Opens the image at `options.path`. If it is in use, waits up to a second for it: the
     /// kernel may still be cleaning up after a process that has just ended.
     pub fn open(options: RawOptions) -> Result<RawStore, OpenError> {
-        let name = options.name();
-        let access = if options.read_only { "reading" } else { "reading and writing" };
-        let refused = |error: io::Error| match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => OpenError::Missing { name: name.clone() },
-            Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
-                OpenError::Permission { name: name.clone(), access }
-            }
-            Some(libc::EBUSY) => OpenError::Busy {
-                name: name.clone(),
-                holder: "the system (mounted, or part of another device)".to_owned(),
-                read_only: options.read_only,
-            },
-            _ => OpenError::System { name: name.clone(), action: "open it", source: error },
-        };
-        // Looked at before it is opened: opening a pipe may block, a tape may move.
-        let stat = rustix::fs::stat(&options.path).map_err(|error| refused(error.into()))?;
-        let kind = FileType::from_raw_mode(stat.st_mode);
-        if let Some(kind) = target::not_a_disk(kind) {
-            return Err(OpenError::NotADisk { name, kind });
-        }
-        // On a device, O_EXCL keeps out of mounted ones.
-        let is_claimed = kind == FileType::BlockDevice && options.lock && !options.read_only;
-        let flags = libc::O_NONBLOCK | if is_claimed { libc::O_EXCL } else { 0 };
-        let open = || {
-            let mut how = File::options();
-            how.read(true).write(!options.read_only).custom_flags(flags).open(&options.path)
-        };
-        let is_busy = |file: &io::Result<File>| matches!(file, Err(error) if error.raw_os_error() == Some(libc::EBUSY));
-        let file = lock::with_grace(open, is_busy).map_err(refused)?;
+        let (file, _) = open_file(&options.path, options.read_only, options.lock)?;
         let mut shared = RawStore::prepare(file, &options)?;
         shared.unlocks = options.lock;
         RawStore::assemble(shared, options)
@@ -292,9 +264,50 @@ impl fmt::Debug for RawStore {
     }
 }
 
+/// Opens a regular file or a block device. `is_claimed`: a device that is written to must not be
+/// in use by the system.
+pub(crate) fn open_file(
+    path: &Path,
+    read_only: bool,
+    is_claimed: bool,
+) -> Result<(File, FileType), OpenError> {
+    let refused = |error| not_opened(path, read_only, error);
+    // Looked at before it is opened: opening a pipe may block, a tape may move.
+    let stat = rustix::fs::stat(path).map_err(|error| refused(error.into()))?;
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    if let Some(kind) = target::not_a_disk(kind) {
+        return Err(OpenError::NotADisk { name: path.display().to_string(), kind });
+    }
+    // On a device, O_EXCL keeps out of mounted ones.
+    let is_exclusive = kind == FileType::BlockDevice && is_claimed && !read_only;
+    let flags = libc::O_NONBLOCK | if is_exclusive { libc::O_EXCL } else { 0 };
+    let open = || File::options().read(true).write(!read_only).custom_flags(flags).open(path);
+    let is_busy = |file: &io::Result<File>| matches!(file, Err(error) if error.raw_os_error() == Some(libc::EBUSY));
+    let file = lock::with_grace(open, is_busy).map_err(refused)?;
+    Ok((file, kind))
+}
+
+/// What is to be said of an image that cannot be opened.
+pub(crate) fn not_opened(path: &Path, read_only: bool, error: io::Error) -> OpenError {
+    let name = path.display().to_string();
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENOTDIR) => OpenError::Missing { name },
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => OpenError::Permission {
+            name,
+            access: if read_only { "reading" } else { "reading and writing" },
+        },
+        Some(libc::EBUSY) => OpenError::Busy {
+            name,
+            holder: "the system (mounted, or part of another device)".to_owned(),
+            read_only,
+        },
+        _ => OpenError::System { name, action: "open it", source: error },
+    }
+}
+
 /// Waits until a doorbell is rung, for a signal, or for a tenth of a second: closing a queue
 /// shall not depend on a wake-up.
-fn sleep_on(doorbell: BorrowedFd<'_>) {
+pub(crate) fn sleep_on(doorbell: BorrowedFd<'_>) {
     let mut doorbell = [PollFd::from_borrowed_fd(doorbell, PollFlags::IN)];
     let limit = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     let _ = rustix::event::poll(&mut doorbell, Some(&limit));

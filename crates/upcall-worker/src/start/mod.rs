@@ -14,7 +14,7 @@ use upcall_chain::{Chain, OnFailure};
 use upcall_filterhost::HostProcess;
 use upcall_filterhost::params::Checked;
 use upcall_stats::{HopKind, HopSpec, Page};
-use upcall_store::{MemoryStore, NullStore, RawOptions, RawStore};
+use upcall_store::{ImageStore, MemoryStore, NullStore, RawOptions, RawStore};
 use upcall_vhost::{BlkConfig, BlkOptions, Listener};
 
 use crate::config::{
@@ -218,6 +218,18 @@ fn open_store(disk: &DiskConfig, log: &LogSink) -> Result<Arc<dyn Store>, StartE
                 log(LogLevel::Error, &format!("disk {name}: {text}"))
             }));
             Arc::new(RawStore::open(options).map_err(failed)?)
+        }
+        StoreConfig::Image(options) => {
+            let mut options = (**options).clone();
+            options.read_only = disk.read_only;
+            let tell = |level| {
+                let (log, name) = (log.clone(), disk.name.clone());
+                let told = move |text: &str| log(level, &format!("disk {name}: {text}"));
+                Some(Arc::new(told) as upcall_store::OnFailure)
+            };
+            options.on_restart = tell(LogLevel::Warn);
+            options.on_failure = tell(LogLevel::Error);
+            Arc::new(ImageStore::open(options).map_err(failed)?)
         }
         StoreConfig::Custom(store) => store.clone(),
         StoreConfig::Memory { bytes } => Arc::new(MemoryStore::new(*bytes).map_err(failed)?),

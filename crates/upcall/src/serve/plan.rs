@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use upcall_worker::{
-    DiskConfig, Engine, FrontendConfig, NbdAddress, NbdConfig, NbdTls, Placement, SlotConfig,
-    SocketSource, StoreConfig, TlsFiles,
+    DiskConfig, Engine, FrontendConfig, ImageOptions, NbdAddress, NbdConfig, NbdTls, Placement,
+    SlotConfig, SocketSource, StoreConfig, TlsFiles,
 };
 
 use super::sockets::{self, HandedOver};
@@ -141,6 +141,15 @@ fn nbd_of(spec: &DiskSpec) -> Result<Option<NbdConfig>, Failure> {
 }
 
 fn store_of(spec: &DiskSpec) -> StoreConfig {
+    if let (Some(path), Some(format)) = (&spec.file, spec.image_format()) {
+        let mut options = ImageOptions::new(format, path);
+        options.direct = spec.direct.is_none_or(|given| given.0);
+        options.backing = spec.backing.iter().map(|given| given.0.clone()).collect();
+        options.data_file = spec.data_file.clone();
+        options.extents = spec.extents.clone();
+        options.secret = spec.secret.clone();
+        return StoreConfig::Image(Box::new(options));
+    }
     match (&spec.file, spec.memory, spec.null) {
         (Some(path), ..) => StoreConfig::Raw {
             path: path.clone(),

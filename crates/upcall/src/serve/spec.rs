@@ -2,14 +2,15 @@
 //! fields are the words. Nothing is opened or looked up here.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::value::{Error as WordError, MapDeserializer};
 use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
-use upcall_worker::{Engine, Placement};
+use upcall_worker::{Engine, ImageFormat, Layer, Placement};
 
-use super::value::{Given, Mode, NbdPlace, NbdTlsUse, Raw, Size, Text};
+use super::value::{Given, Mode, NbdPlace, NbdTlsUse, Size, Text, Value};
 use crate::failure::Failure;
 use crate::words::{self, Word};
 
@@ -21,9 +22,13 @@ pub struct DiskSpec {
     pub file: Option<PathBuf>,
     pub memory: Option<Given<Size>>,
     pub null: Option<Given<Size>>,
-    /// Checked when it is read; there is nothing to choose.
-    #[serde(rename = "format")]
-    _format: Option<Given<Raw>>,
+    pub format: Option<Given<ImageFormat>>,
+    /// The images below, nearest first.
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub backing: Vec<Given<Layer>>,
+    pub data_file: Option<PathBuf>,
+    pub extents: Option<PathBuf>,
+    pub secret: Option<PathBuf>,
     pub socket: Option<PathBuf>,
     pub fd: Option<Given<u16>>,
     pub mode: Option<Given<Mode>>,
@@ -49,7 +54,14 @@ pub struct DiskSpec {
 impl DiskSpec {
     /// From the words of `--disk`.
     pub fn from_words(text: &str) -> Result<DiskSpec, String> {
-        let disk: DiskSpec = from_words(words::split(text)?)?;
+        let is_backing = |word: &Word| word.0 == "backing";
+        let (backing, rest): (Vec<_>, Vec<_>) =
+            words::split(text)?.into_iter().partition(is_backing);
+        let mut disk: DiskSpec = from_words(rest)?;
+        for (key, value) in backing {
+            let layer = Layer::from_text(&value).map_err(|error| format!("{key}: {error}"))?;
+            disk.backing.push(Given(layer));
+        }
         disk.check()?;
         Ok(disk)
     }
@@ -78,7 +90,24 @@ impl DiskSpec {
         if self.file.is_none() && (self.direct.is_some() || self.engine.is_some()) {
             return Err(format!("disk {name}: direct and engine are for disks with file"));
         }
-        Ok(())
+        let is_layered = !self.backing.is_empty() || self.data_file.is_some();
+        match self.image_format() {
+            Some(_) if self.file.is_none() => {
+                Err(format!("disk {name}: a format is for a disk with file"))
+            }
+            Some(format) if self.engine.is_some() => {
+                Err(format!("disk {name}: engine is for raw images, not for {format}"))
+            }
+            None if is_layered || self.extents.is_some() || self.secret.is_some() => Err(format!(
+                "disk {name}: backing, data-file, extents and secret need a format other than raw"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The format, if it is not raw.
+    pub fn image_format(&self) -> Option<ImageFormat> {
+        self.format.map(|given| given.0).filter(|format| *format != ImageFormat::Raw)
     }
 }
 
@@ -209,28 +238,32 @@ impl<'de> Deserializer<'de> for Field {
 }
 
 /// `"x"` or `["x", "y"]`.
-fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    struct Visit;
-    impl<'de> Visitor<'de> for Visit {
-        type Value = Vec<String>;
+fn one_or_several<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Visit<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Visit<T> {
+        type Value = Vec<T>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a name or a list of names")
+            f.write_str("a text or a list of texts")
         }
 
-        fn visit_str<E: Error>(self, text: &str) -> Result<Vec<String>, E> {
-            Ok(vec![text.to_owned()])
+        fn visit_str<E: Error>(self, text: &str) -> Result<Vec<T>, E> {
+            Ok(vec![T::deserialize(text.into_deserializer())?])
         }
 
-        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<String>, A::Error> {
-            let mut names = Vec::new();
-            while let Some(name) = seq.next_element()? {
-                names.push(name);
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut values = Vec::new();
+            while let Some(value) = seq.next_element()? {
+                values.push(value);
             }
-            Ok(names)
+            Ok(values)
         }
     }
-    deserializer.deserialize_any(Visit)
+    deserializer.deserialize_any(Visit(PhantomData))
 }
 
 /// A table of parameters, in its order.
@@ -284,6 +317,20 @@ mod tests {
     }
 
     #[test]
+    fn images_below_are_read_in_their_order() {
+        let disk = DiskSpec::from_words(
+            "name=r,file=a,format=qcow2,backing=qcow2:b,backing=raw:/c:d,data-file=e,secret=s",
+        )
+        .unwrap();
+        let layers: Vec<_> = disk.backing.iter().map(|given| &given.0).collect();
+        assert_eq!(layers[0], &Layer { format: ImageFormat::Qcow2, path: "b".into() });
+        assert_eq!(layers[1], &Layer { format: ImageFormat::Raw, path: "/c:d".into() });
+        assert_eq!(disk.image_format(), Some(ImageFormat::Qcow2));
+        let raw = DiskSpec::from_words("name=r,file=a,format=raw").unwrap();
+        assert_eq!(raw.image_format(), None);
+    }
+
+    #[test]
     fn a_wrong_word_of_a_disk_is_named() {
         for (words, says) in [
             ("file=a", "name"),
@@ -295,7 +342,13 @@ mod tests {
             ("name=r,file=a,direct=maybe", "direct: \"maybe\" is neither on nor off"),
             ("name=r,file=a,engine=aio", "engine: \"aio\""),
             ("name=r,file=a,mode=rw", "mode: \"rw\""),
-            ("name=r,file=a,format=qcow2", "format: \"qcow2\""),
+            ("name=r,file=a,format=qcow3", "format: \"qcow3\""),
+            ("name=r,memory=1G,format=qcow2", "for a disk with file"),
+            ("name=r,file=a,format=qcow2,engine=threads", "engine is for raw images"),
+            ("name=r,file=a,backing=raw:b", "need a format other than raw"),
+            ("name=r,file=a,format=raw,extents=.", "need a format other than raw"),
+            ("name=r,file=a,format=qcow2,backing=b", "backing: \"b\""),
+            ("name=r,file=a,format=qcow2,backing=foo:b", "backing: \"foo\""),
             ("name=r,memory=1X", "memory: \"1X\""),
             ("name=r,memory=1G,direct=on", "for disks with file"),
             ("name=r,file=a,socket=s,fd=3", "only one of socket and fd"),

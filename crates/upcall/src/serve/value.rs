@@ -115,18 +115,24 @@ impl Value for Mode {
     }
 }
 
-/// The one format that is served as it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Raw;
+impl Value for upcall_worker::ImageFormat {
+    fn from_text(text: &str) -> Result<Self, String> {
+        Self::from_name(text).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            format!(
+                "{text:?} images are not served: only {names}; convert it with qemu-img convert"
+            )
+        })
+    }
+}
 
-impl Value for Raw {
-    fn from_text(text: &str) -> Result<Raw, String> {
-        match text {
-            "raw" => Ok(Raw),
-            _ => Err(format!(
-                "{text:?} images are not served: only raw; convert it with qemu-img convert -O raw"
-            )),
-        }
+impl Value for upcall_worker::Layer {
+    fn from_text(text: &str) -> Result<Self, String> {
+        let (format, path) = text
+            .split_once(':')
+            .filter(|(_, path)| !path.is_empty())
+            .ok_or_else(|| format!("{text:?} has no format: write FORMAT:PATH"))?;
+        Ok(Self { format: Value::from_text(format)?, path: path.into() })
     }
 }
 
@@ -243,7 +249,7 @@ mod tests {
 
     #[test]
     fn other_formats_are_refused_with_the_way_out() {
-        let said = Raw::from_text("qcow2").unwrap_err();
-        assert!(said.contains("qcow2") && said.contains("-O raw"), "{said}");
+        let said = upcall_worker::ImageFormat::from_text("qcow").unwrap_err();
+        assert!(said.contains("\"qcow\"") && said.contains("convert"), "{said}");
     }
 }

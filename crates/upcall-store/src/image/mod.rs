@@ -1,0 +1,402 @@
+//! An image in a format of QEMU's, through a confined qemu-storage-daemon.
+//!
+//! No format is parsed in this process. [`Plan`] opens the files and says how they belong
+//! together; [`daemon`] starts the daemon, [`confine`] keeps it to those files; [`vhost`] and
+//! [`ring`] are our side of its vhost-user-blk device; [`ledger`] decides what is sent when, and
+//! what is sent again when a daemon is gone; [`keeper`] is the thread that does it.
+//!
+//! Always true: a request is completed once, whatever happens to the daemon; a write that was
+//! completed is there for whoever reads later, also through another daemon; no file is opened
+//! but those the options name, whatever the image says.
+
+mod confine;
+mod daemon;
+mod format;
+mod keeper;
+mod ledger;
+mod plan;
+mod ring;
+#[cfg(test)]
+mod tests;
+mod vhost;
+mod vmdk;
+
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use upcall_block::{
+    DiskInfo, Errno, Op, OpSet, Range, RequestFlags, Status, Store, StoreDone, StoreIo, StoreQueue,
+    StoreToken,
+};
+use upcall_ring::Buffers;
+
+pub use format::ImageFormat;
+
+use crate::OpenError;
+use crate::image::confine::Program;
+use crate::image::daemon::Starter;
+use crate::image::keeper::{DATA_BYTES, Keeper, Link};
+use crate::image::plan::Plan;
+use crate::image::ring::ClientRing;
+use crate::raw::{Inbox, OnFailure, sleep_on};
+
+/// The program that reads formats.
+const PROGRAM: &str = "qemu-storage-daemon";
+
+/// An image below another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Its format.
+    pub format: ImageFormat,
+    /// Its file. Never written to.
+    pub path: PathBuf,
+}
+
+/// How to open an image.
+#[derive(Clone)]
+pub struct ImageOptions {
+    /// The image's file.
+    pub path: PathBuf,
+    /// Its format; not [`ImageFormat::Raw`], which is [`RawStore`](crate::RawStore)'s.
+    pub format: ImageFormat,
+    /// Never write to it.
+    pub read_only: bool,
+    /// O_DIRECT: no second cache in the host.
+    pub direct: bool,
+    /// The images below it, nearest first. What an image itself names is not looked at.
+    pub backing: Vec<Layer>,
+    /// qcow2: the file with the data, where it is not in the image.
+    pub data_file: Option<PathBuf>,
+    /// VMDK: the folder with the extents that a descriptor names. None: there may be none.
+    pub extents: Option<PathBuf>,
+    /// qcow2: the file with the passphrase of its LUKS encryption, and nothing else.
+    pub secret: Option<PathBuf>,
+    /// The program; looked for in PATH if it is a plain name.
+    pub program: PathBuf,
+    /// How long the daemon may take for one request, and to start, before it is replaced.
+    pub patience: Duration,
+    /// Told when a daemon is gone and another one started, or could not be.
+    pub on_restart: Option<OnFailure>,
+    /// Told when the store fails for good.
+    pub on_failure: Option<OnFailure>,
+}
+
+impl ImageOptions {
+    /// For writing, direct, alone.
+    pub fn new(format: ImageFormat, path: impl Into<PathBuf>) -> ImageOptions {
+        ImageOptions {
+            path: path.into(),
+            format,
+            read_only: false,
+            direct: true,
+            backing: vec![],
+            data_file: None,
+            extents: None,
+            secret: None,
+            program: PROGRAM.into(),
+            patience: Duration::from_secs(30),
+            on_restart: None,
+            on_failure: None,
+        }
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// What options contradict each other.
+    fn check(&self) -> Result<(), OpenError> {
+        let format = self.format.name();
+        let refused = |reason: &str| {
+            Err(OpenError::Image { name: self.name(), format, reason: reason.to_owned() })
+        };
+        let chain =
+            std::iter::once(self.format).chain(self.backing.iter().map(|layer| layer.format));
+        let last = self.backing.len();
+        if chain.enumerate().any(|(index, format)| index < last && !format.can_have_backing()) {
+            return refused("only qcow2 and vmdk images can have another image below them");
+        }
+        if self.format != ImageFormat::Qcow2 && (self.data_file.is_some() || self.secret.is_some())
+        {
+            return refused("a data file and a secret are for qcow2 images");
+        }
+        if self.format == ImageFormat::Raw {
+            return refused("a raw image is served without qemu-storage-daemon");
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for ImageOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ImageOptions")
+            .field("path", &self.path)
+            .field("format", &self.format)
+            .field("read_only", &self.read_only)
+            .field("direct", &self.direct)
+            .field("backing", &self.backing)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the store and its thread share.
+struct Shared {
+    failure: OnceLock<String>,
+    on_restart: Option<OnFailure>,
+    on_failure: Option<OnFailure>,
+    name: String,
+}
+
+impl Shared {
+    /// Says that a daemon was replaced, or could not be.
+    fn tell(&self, text: &str) {
+        if let Some(told) = &self.on_restart {
+            told(&format!("{}: {text}", self.name));
+        }
+    }
+
+    /// The first reason is kept and told.
+    fn fail(&self, text: &str) {
+        let text = format!("{}: {text}", self.name);
+        if self.failure.set(text.clone()).is_ok()
+            && let Some(told) = &self.on_failure
+        {
+            told(&text);
+        }
+    }
+}
+
+/// An opened image. Dropping it flushes, and lets the daemon close the image.
+pub struct ImageStore {
+    info: DiskInfo,
+    shared: Arc<Shared>,
+    running: Arc<Running>,
+    options: ImageOptions,
+}
+
+/// What the store's thread is told.
+enum Message {
+    /// A request, and where its completion goes.
+    Ask(StoreIo, Arc<Inbox>),
+    /// There will be no more.
+    Stop,
+}
+
+/// The way to the store's thread.
+type Port = upcall_ring::Inbox<Message>;
+
+/// The store's thread, which ends with the store and its last queue.
+struct Running {
+    port: Arc<Port>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ImageStore {
+    /// Opens an image: its files, then a daemon, which must understand it.
+    pub fn open(options: ImageOptions) -> Result<ImageStore, OpenError> {
+        options.check()?;
+        let (name, format) = (options.name(), options.format.name());
+        let refused = |reason| OpenError::Image { name: name.clone(), format, reason };
+        let system = |action| {
+            let name = name.clone();
+            move |source| OpenError::System { name, action, source }
+        };
+        let program = Program::find(&options.program).map_err(refused)?;
+        let program = program.ok_or_else(|| OpenError::NotInstalled {
+            name: name.clone(),
+            format,
+            program: options.program.display().to_string(),
+        })?;
+        let plan = Arc::new(Plan::open(&options)?);
+        let starter = Starter::new(program, plan.clone()).map_err(refused)?;
+        let ring = ClientRing::new(DATA_BYTES).map_err(system("get memory for it"))?;
+        let (link, device) = Link::start(&starter, &ring, options.patience)
+            .map_err(|what| refused(format!("qemu-storage-daemon does not serve it: {what}")))?;
+        if device.is_read_only != options.read_only {
+            return Err(refused("qemu-storage-daemon serves it in another mode than asked".into()));
+        }
+        let mut ops = OpSet::NONE.with(Op::Read).with(Op::Flush);
+        if !device.is_read_only {
+            ops = ops.with(Op::Write);
+            if device.write_zeroes_max > 0 {
+                ops = ops.with(Op::WriteZeroes);
+                ops = if options.format.can_unmap() { ops.with(Op::Discard) } else { ops };
+            }
+        }
+        let info = DiskInfo {
+            capacity: device.capacity,
+            block_size: 512,
+            physical_block_size: 4096,
+            read_only: device.is_read_only,
+            ops,
+            // The usual size of a cluster; what is smaller is zeroed.
+            discard_granularity: 64 << 10,
+        };
+        let shared = Arc::new(Shared {
+            failure: OnceLock::new(),
+            on_restart: options.on_restart.clone(),
+            on_failure: options.on_failure.clone(),
+            name: name.clone(),
+        });
+        let port = Arc::new(Port::new().map_err(system("make a doorbell"))?);
+        let keeper = Keeper::new(
+            shared.clone(),
+            port.clone(),
+            plan,
+            starter,
+            ring,
+            (link, device),
+            options.patience,
+        )
+        .map_err(system("get memory for it"))?;
+        let thread = std::thread::Builder::new()
+            .name("store-image".into())
+            .spawn(move || keeper.run())
+            .map_err(system("start a thread for it"))?;
+        let running = Arc::new(Running { port, thread: Some(thread) });
+        Ok(ImageStore { info, shared, running, options })
+    }
+
+    /// Since when the store refuses what writes, or everything: what happened. None while all
+    /// is well.
+    pub fn failure(&self) -> Option<String> {
+        self.shared.failure.get().cloned()
+    }
+}
+
+impl Store for ImageStore {
+    fn info(&self) -> &DiskInfo {
+        &self.info
+    }
+
+    /// Format, path, size, mode, and what is wrong with it if something is.
+    fn describe(&self) -> String {
+        let mut text = format!(
+            "{} image {} of {} bytes, {}, {}, by qemu-storage-daemon",
+            self.options.format,
+            self.shared.name,
+            self.info.capacity,
+            if self.info.read_only { "read-only" } else { "read-write" },
+            if self.options.direct { "direct" } else { "buffered" },
+        );
+        for layer in &self.options.backing {
+            text.push_str(&format!(", over {} image {}", layer.format, layer.path.display()));
+        }
+        if let Some(failure) = self.failure() {
+            text.push_str(&format!("; FAILED: {failure}"));
+        }
+        text
+    }
+
+    fn open_queue(&self) -> io::Result<Box<dyn StoreQueue>> {
+        let inbox = Arc::new(Inbox::new()?);
+        Ok(Box::new(ImageQueue {
+            running: self.running.clone(),
+            inbox,
+            batch: vec![],
+            in_flight: 0,
+        }))
+    }
+
+    fn sync(&self) -> Status {
+        if self.info.read_only {
+            return Ok(());
+        }
+        let mut queue = self.open_queue().map_err(|_| Errno::EIO)?;
+        queue.submit(StoreIo {
+            token: StoreToken(0),
+            op: Op::Flush,
+            range: Range::EMPTY,
+            flags: RequestFlags::default(),
+            data: Buffers::new(),
+        });
+        let mut done = Vec::new();
+        loop {
+            queue.poll(&mut done);
+            if let Some(done) = done.pop() {
+                return done.status;
+            }
+            if queue.before_sleep()
+                && let Some(doorbell) = queue.doorbell()
+            {
+                sleep_on(doorbell);
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.port.push(Message::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for ImageStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe())
+    }
+}
+
+/// A queue that hands its requests to the store's thread.
+struct ImageQueue {
+    running: Arc<Running>,
+    inbox: Arc<Inbox>,
+    /// Submitted, not handed over yet.
+    batch: Vec<StoreIo>,
+    in_flight: usize,
+}
+
+impl ImageQueue {
+    fn hand_over(&mut self) {
+        for io in self.batch.drain(..) {
+            self.running.port.push(Message::Ask(io, self.inbox.clone()));
+        }
+    }
+}
+
+impl StoreQueue for ImageQueue {
+    fn submit(&mut self, io: StoreIo) {
+        self.in_flight += 1;
+        self.batch.push(io);
+    }
+
+    fn poll(&mut self, out: &mut Vec<StoreDone>) {
+        self.hand_over();
+        let before = out.len();
+        self.inbox.take(out);
+        self.in_flight -= out.len() - before;
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn doorbell(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.inbox.doorbell())
+    }
+
+    fn before_sleep(&mut self) -> bool {
+        self.hand_over();
+        self.inbox.before_sleep()
+    }
+}
+
+impl Drop for ImageQueue {
+    fn drop(&mut self) {
+        let mut out = Vec::new();
+        while self.in_flight > 0 {
+            self.poll(&mut out);
+            if self.in_flight > 0 && self.before_sleep() {
+                sleep_on(self.inbox.doorbell());
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The store on real images, with the daemon that is installed.
