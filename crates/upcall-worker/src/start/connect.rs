@@ -125,13 +125,8 @@ pub(super) fn connect_engines(
 ) -> Result<Vec<StartingEngine>, StartError> {
     let disk = &disks[index];
     let mut engines = Vec::new();
-<<<<<<< HEAD
     for queue in 0..disk.config.threads() {
-        let failed = |source| system(&disk.name, "make a channel", source);
-=======
-    for queue in 0..disk.config.queues {
         let failed = |source| system(&disk.name, "make a doorbell", source);
->>>>>>> 20e812c (wip)
         let (commands, receiver) = channel();
         let wake = Doorbell::new().map_err(failed)?;
         let mut links: Vec<(HostId, u32)> = Vec::new();

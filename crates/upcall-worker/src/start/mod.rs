@@ -65,11 +65,7 @@ struct StartingDisk {
 
 /// See [`Worker::start`].
 pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
-<<<<<<< HEAD
-    let WorkerConfig { mut disks, stats, drain_ms, log } = config;
-=======
-    let WorkerConfig { disks, stats, drain_ms, recovery, log } = config;
->>>>>>> 20e812c (wip)
+    let WorkerConfig { mut disks, stats, drain_ms, recovery, log } = config;
     check_names(&disks)?;
     let stores = disks.iter().map(|disk| open_store(disk, &log)).collect::<Result<Vec<_>, _>>()?;
     let nbd_servers = nbd::listen(&mut disks)?;
