@@ -129,14 +129,14 @@ fn without_a_write_cache_a_write_that_is_not_durable_is_an_error() {
     server.terminate();
 }
 
-/// Drives disk `root` until the filter is killed and then some; gives how requests ended.
-fn drive(socket: &Path, killed: &AtomicBool) -> Vec<Outcome> {
+/// Drives disk `root` until the filter is killed and then some. Every request succeeds.
+fn drive(socket: &Path, killed: &AtomicBool) {
     let mut driver = Driver::usual(socket, 1);
-    let mut after = Vec::new();
+    let mut after = 0;
     let deadline = Instant::now() + Duration::from_secs(20);
     let mut busy = vec![false; driver.slots()];
-    while after.len() < 200 {
-        assert!(Instant::now() < deadline, "requests do not end: {} did", after.len());
+    while after < 200 {
+        assert!(Instant::now() < deadline, "requests do not end: {after} did");
         // Requests that begin after the kill, not those that it overtakes.
         let is_after = killed.load(Ordering::SeqCst);
         for (slot, busy) in busy.iter_mut().enumerate() {
@@ -148,19 +148,15 @@ fn drive(socket: &Path, killed: &AtomicBool) -> Vec<Outcome> {
         }
         for (slot, outcome) in driver.ended(0) {
             busy[slot] = false;
-            assert!(matches!(outcome, Outcome::Ok | Outcome::IoError), "{outcome:?}");
-            assert!(is_after || outcome == Outcome::Ok || killed.load(Ordering::SeqCst));
-            if is_after {
-                after.push(outcome);
-            }
+            assert_eq!(outcome, Outcome::Ok);
+            after += usize::from(is_after);
         }
         driver.wait(0, Duration::from_millis(1));
     }
-    after
 }
 
 #[test]
-fn a_filter_that_is_killed_takes_its_own_disk_along_and_nothing_else() {
+fn a_filter_that_is_killed_is_a_pause_for_its_disk_and_nothing_for_another() {
     for filter in [Filter::Xor, Filter::Trace, Filter::Delay] {
         let scratch = Scratch::new();
         let disks = ["root", "other"].map(|name| {
@@ -175,7 +171,7 @@ fn a_filter_that_is_killed_takes_its_own_disk_along_and_nothing_else() {
 
         let killed = AtomicBool::new(false);
         let other = scratch.join("other.sock");
-        let (after, workload) = std::thread::scope(|scope| {
+        let workload = std::thread::scope(|scope| {
             let load = scope.spawn(|| drive(&scratch.join("root.sock"), &killed));
             let other = scope.spawn(|| {
                 let mut driver = Driver::usual(&other, 1);
@@ -187,16 +183,16 @@ fn a_filter_that_is_killed_takes_its_own_disk_along_and_nothing_else() {
             std::thread::sleep(Duration::from_millis(300));
             kill_process(Pid::from_raw(hosts[0]).unwrap(), Signal::KILL).unwrap();
             killed.store(true, Ordering::SeqCst);
-            (load.join().unwrap(), other.join().unwrap())
+            load.join().unwrap();
+            other.join().unwrap()
         });
-        let last = &after[after.len() - 100..];
-        assert!(last.iter().all(|&outcome| outcome == Outcome::IoError), "{filter}: {last:?}");
         let log = server.stderr();
         assert!(log.contains("root"), "who died is not said: {log}");
+        assert!(log.contains("serves again"), "{filter}: {log}");
 
         // The worker lives on, and both disks take new guests.
         let mut driver = Driver::usual(&scratch.join("root.sock"), 1);
-        assert_eq!(driver.run(0, Io::Write { offset: 0, length: 512 }), Outcome::IoError);
+        assert_eq!(driver.run(0, Io::Write { offset: 0, length: 512 }), Outcome::Ok);
         drop(driver);
         Driver::usual(&other, 1).read(0, 0, 512);
         server.stop();

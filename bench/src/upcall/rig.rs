@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use upcall_worker::{
-    DiskConfig, LogLevel, LogSink, Placement, SlotConfig, StoreConfig, Worker, WorkerConfig,
+    DiskConfig, LogLevel, LogSink, Placement, RecoveryPolicy, SlotConfig, StoreConfig, Worker,
+    WorkerConfig,
 };
 
 use super::load::{Arrivals, Handle, Plan, load_queue};
@@ -132,6 +133,8 @@ pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
         filter: link.filter.clone(),
         order: order as i32,
         placement: link.placement,
+        deadline_ms: None,
+        on_failure: None,
         params: link.mode.map(|mode| ("mode".to_owned(), mode.to_owned())).into_iter().collect(),
         grants: Vec::new(),
     };
@@ -144,7 +147,8 @@ pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
         nbd: None,
         chain: chain.iter().enumerate().map(slot).collect(),
     };
-    let config = WorkerConfig { disks: vec![disk], stats: None, drain_ms: 1000, log };
+    let recovery = RecoveryPolicy::default();
+    let config = WorkerConfig { disks: vec![disk], stats: None, drain_ms: 1000, recovery, log };
     Worker::start(config).map_err(|error| error.to_string())
 }
 

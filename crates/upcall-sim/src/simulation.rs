@@ -177,14 +177,15 @@ impl Simulation {
             let (queue, _) = medium.open_queue();
             lanes.push((Box::new(queue) as Box<dyn upcall_block::StoreQueue>, medium.info()));
         }
-        World::new(Making {
-            specs: disk.roles.iter().map(|role| role.spec()).collect(),
-            issues: disk.roles.iter().map(|role| role.issues()).collect(),
-            lanes,
-            entries: self.plan.entries,
-            pages: self.plan.pages,
-            plays_clock: true,
-        })
+        let (mut making, _) = Making::new(disk.roles.iter().map(|role| role.spec()).collect());
+        making.issues = disk.roles.iter().map(|role| role.issues()).collect();
+        making.lanes = lanes;
+        making.entries = self.plan.entries;
+        making.pages = self.plan.pages;
+        making.plays_clock = true;
+        // Whom an engine gives up is killed here, in all engines at once.
+        making.kills = false;
+        World::new(making)
     }
 
     fn note(&mut self, what: std::fmt::Arguments) {

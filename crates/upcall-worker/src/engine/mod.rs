@@ -21,6 +21,7 @@ mod link;
 mod lives;
 mod message;
 #[cfg(any(test, feature = "sim"))]
+#[cfg_attr(not(feature = "sim"), allow(dead_code))]
 pub mod sim;
 mod slab;
 mod stop;

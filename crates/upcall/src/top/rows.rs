@@ -91,7 +91,7 @@ pub fn json(view: &View) -> serde_json::Value {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use upcall_stats::{BlockSnapshot, OpCounts};
+    use upcall_stats::{BlockSnapshot, FilterHealth, OpCounts};
 
     /// A disk with one filter: 100 reads of 4 KiB and 50 writes, a fifth of the time in the
     /// filter.
