@@ -950,3 +950,60 @@ fn a_frontend_that_never_reads_its_answers_loses_its_connection() {
     assert!(matches!(error, ConnectionError::Unread), "{error}");
     assert!(error.to_string().contains("read no answer for 5 s"), "{error}");
 }
+
+#[test]
+fn what_a_lost_worker_left_ends_before_the_frontend_hears_where_the_ring_stands() {
+    /// Whose thread gets around to taking requests only when it is started a third time.
+    struct Slow(ThreadHost, u32, Option<VirtQueue>);
+    impl QueueHost for Slow {
+        fn start(&mut self, index: u16, queue: VirtQueue) {
+            self.1 += 1;
+            if self.1 < 3 {
+                self.2 = Some(queue);
+            } else {
+                self.0.start(index, queue);
+            }
+        }
+        fn stop(&mut self, index: u16) -> Stopped {
+            match self.2.take() {
+                Some(queue) => queue.finish(),
+                None => self.0.stop(index),
+            }
+        }
+    }
+    let memory = Arc::new(Memory::new(1 << 20));
+    let mut driver = Driver::new(memory.clone(), 16, true, 0);
+    let (kick, call) = doorbells();
+    let start = |client: &Client| {
+        client.greet();
+        client.send_u64(SET_FEATURES, LINUX);
+        client.add_memory(&memory);
+        client.send_fd(SET_VRING_CALL, 0, &call);
+    };
+    for sector in 0..4 {
+        driver.submit(T_OUT, sector, &[1; 512], 0);
+    }
+    let first = Client::held();
+    start(&first);
+    let file = first.get_inflight(1, 16);
+    assert!(first.set_inflight(&file, 1, 16));
+    first.start_ring(&driver, 16, 0, &kick);
+    first.get_u64(GET_FEATURES);
+    drop(first.stream);
+    assert!(first.server.join().is_err(), "killed");
+    assert_eq!(driver.reap().len(), 2);
+
+    let mut second = Client::new();
+    let (stream, other) = UnixStream::pair().unwrap();
+    let (config, shutdown) = (second.config.clone(), second.shutdown.clone());
+    second.stream = stream;
+    let mut host = Slow(ThreadHost::new(CAPACITY as usize), 0, None);
+    second.server =
+        std::thread::spawn(move || serve_connection(other, config, &mut host, shutdown.as_fd()));
+    start(&second);
+    assert!(second.set_inflight(&file, 1, 16));
+    second.start_ring(&driver, 16, 2, &kick);
+    second.send_state(SET_VRING_ENABLE, 0, 0);
+    assert_eq!(second.get_base(0), 4);
+    assert_eq!(driver.reap().len(), 2, "all have ended");
+}

@@ -107,11 +107,11 @@ fn taken(
     device.track(file);
     let mut queue = driver.queue(&device);
     let mut requests = Vec::new();
+    assert_eq!(queue.before_sleep(), device.error.clear(), "what was left is an arrival");
     match queue.take(64, &mut requests) {
         Ok(()) => Ok(requests.iter().map(|request| request.range.offset() / 512).collect()),
         Err(error) => {
             assert!(requests.is_empty(), "{error}");
-            assert!(device.error.clear(), "the error descriptor is signalled");
             Err(error.reason)
         }
     }
