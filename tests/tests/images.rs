@@ -1,7 +1,8 @@
 //! Images of other formats: served as raw ones are, sound afterwards to a reader that no one
 //! here wrote, and whole whatever happens to the daemon that reads them.
 
-use std::process::Command;
+use std::fs::File;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use upcall_tests::{
     Client, Driver, Filter, Io, Kind, Mix, Outcome, Scratch, Server, Workload, qemu_img, upcall,
+    upcall_program,
 };
 
 const BYTES: u64 = 32 << 20;
@@ -100,6 +102,34 @@ fn what_was_written_and_not_flushed_survives_the_daemon() {
     }
     drop(driver);
     server.stop();
+    Kind::QCOW2.expect_sound(&image);
+}
+
+/// Its daemon then has what no flush wrote, and is the only one who has.
+#[test]
+fn what_was_written_and_not_flushed_survives_the_worker() {
+    let scratch = Scratch::new();
+    let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
+    for round in 0..4u8 {
+        let server = serve(&scratch, &Kind::QCOW2.words(&image), &[]);
+        let mut driver = connect(&scratch);
+        for old in 0..round {
+            let at = u64::from(old) * (1 << 20);
+            assert_eq!(driver.read(0, at, 65536), vec![old + 1; 65536], "round {round}");
+        }
+        driver.write(0, u64::from(round) * (1 << 20), &vec![round + 1; 65536]);
+        let daemons = daemons(server.pid());
+        assert_eq!(daemons.len(), 1);
+        // Also without a moment for it to notice.
+        drop(server);
+        drop(driver);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let lives = |pid: &Pid| rustix::process::test_kill_process(*pid).is_ok();
+        while daemons.iter().any(lives) {
+            assert!(Instant::now() < deadline, "its daemon does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
     Kind::QCOW2.expect_sound(&image);
 }
 
@@ -222,4 +252,185 @@ fn an_image_has_one_writer() {
         assert!(!writer.status.success() && said.contains("lock"), "qemu is no writer: {said}");
         server.stop();
     }
+}
+
+/// Runs `upcall serve` for an image under strace, reads the disk's start if it is served, and
+/// gives that, what was said, and the system calls of this kind.
+fn traced(scratch: &Scratch, words: &str, calls: &str) -> (Option<Vec<u8>>, String, String) {
+    let (trace, log) = (scratch.join("trace"), scratch.join("log"));
+    let _ = std::fs::remove_file(scratch.join("d.sock"));
+    let disk = format!("name=root,socket={},direct=off{words}", scratch.text("d.sock"));
+    let mut child = Command::new("strace")
+        .args(["-D", "-f", "-qq", "-e", &format!("trace={calls}"), "-o", trace.to_str().unwrap()])
+        .arg(upcall_program())
+        .args(["serve", "--disk", &disk])
+        .stdin(Stdio::null())
+        .stdout(File::create(&log).unwrap())
+        .stderr(File::options().append(true).create(true).open(&log).unwrap())
+        .spawn()
+        .unwrap_or_else(|error| panic!("strace: {error} (scripts/deps installs it)"));
+    let said = || std::fs::read_to_string(&log).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut content = None;
+    while child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "neither served nor refused: {}", said());
+        if content.is_none() && said().lines().any(|line| line == "ready") {
+            let mut driver = connect(scratch);
+            content = Some(driver.read(0, 0, 65536));
+            if calls.contains("sync") {
+                for nth in 0..FLUSHES as u64 {
+                    driver.write(0, nth * 65536, &[7; 512]);
+                    assert_eq!(driver.run(0, Io::Flush), Outcome::Ok);
+                }
+            }
+            drop(driver);
+            kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    // The tracer may be the last to write.
+    thread::sleep(Duration::from_millis(100));
+    (content, said(), std::fs::read_to_string(&trace).unwrap())
+}
+
+const FLUSHES: usize = 10;
+
+/// QEMU 7.2 says that it has no cache to flush, and has one.
+#[test]
+fn a_flush_reaches_the_medium() {
+    let scratch = Scratch::new();
+    let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
+    let (_, said, trace) = traced(&scratch, &Kind::QCOW2.words(&image), "fdatasync,fsync");
+    assert!(trace.matches("sync(").count() >= FLUSHES, "{said}{trace}");
+}
+
+/// Whatever an image names: no other file is opened, nor anything of it read.
+#[test]
+fn a_hostile_image_opens_no_other_file() {
+    let scratch = Scratch::new();
+    let victim = scratch.join("victim");
+    let secret = || std::fs::write(&victim, vec![b'S'; 1 << 20]).unwrap();
+    secret();
+    let (path, folder) = (victim.display().to_string(), scratch.path().display().to_string());
+    let image = scratch.text("image");
+    let json = format!(r#"json:{{"driver":"file","filename":"{path}"}}"#);
+    let sparse = |descriptor: &str| {
+        // A VMDK header without a size sends its reader to the descriptor behind it.
+        let mut bytes = vec![0; 1024];
+        bytes[..8].copy_from_slice(b"KDMV\x01\0\0\0");
+        bytes[28] = 1;
+        bytes[36] = 1;
+        bytes.extend(descriptor.as_bytes());
+        bytes.drain(512..1024);
+        bytes.resize(4096, 0);
+        bytes
+    };
+    let flat = |name: &str| {
+        format!(
+            "# Disk DescriptorFile\nversion=1\nCID=11111111\nparentCID=ffffffff\n\
+             createType=\"monolithicFlat\"\nRW 2048 FLAT \"{name}\" 0\n"
+        )
+    };
+    std::os::unix::fs::symlink(&victim, scratch.join("link.vmdk")).unwrap();
+    let qcow2 = format!(",file={image},format=qcow2");
+    let vmdk = format!(",file={image},format=vmdk,extents={folder}");
+    let raw = format!(",file={image},format=raw");
+    let below = format!(",file={},format=qcow2,backing=raw:{image}", scratch.text("top"));
+    let create = |args: &[&str]| drop(qemu_img(&[&["create", "-q"], args].concat()));
+    let over =
+        |backing: &str| create(&["-f", "qcow2", "-u", "-b", backing, "-F", "raw", &image, "1M"]);
+    type Make<'a> = Box<dyn Fn() + 'a>;
+    let cases: Vec<(&str, &str, Make)> = vec![
+        ("a backing file", &qcow2, Box::new(|| over(&path))),
+        ("a json: backing file", &qcow2, Box::new(|| over(&json))),
+        (
+            "a data file",
+            &qcow2,
+            Box::new(|| {
+                let option = format!("data_file={path},data_file_raw=on");
+                create(&["-f", "qcow2", "-o", &option, &image, "1M"]);
+                secret();
+            }),
+        ),
+        ("a raw image that is a qcow2", &raw, Box::new(|| over(&path))),
+        (
+            "a raw image below that is a qcow2",
+            &below,
+            Box::new(|| {
+                over(&path);
+                create(&["-f", "qcow2", &scratch.text("top"), "1M"]);
+            }),
+        ),
+        ("an extent elsewhere", &vmdk, Box::new(|| std::fs::write(&image, flat(&path)).unwrap())),
+        ("an extent above", &vmdk, Box::new(|| std::fs::write(&image, flat("../victim")).unwrap())),
+        (
+            "an extent by a link",
+            &vmdk,
+            Box::new(|| std::fs::write(&image, flat("link.vmdk")).unwrap()),
+        ),
+        (
+            "an extent in an embedded text",
+            &vmdk,
+            Box::new(|| {
+                std::fs::write(&image, sparse(&flat(&path))).unwrap();
+            }),
+        ),
+        (
+            "an extent by a protocol",
+            &vmdk,
+            Box::new(|| {
+                std::fs::write(&image, sparse(&flat(&format!("file:{path}")))).unwrap();
+            }),
+        ),
+    ];
+    let mut tried = 0;
+    for (what, words, make) in &cases {
+        for name in ["image", "top"] {
+            let _ = std::fs::remove_file(scratch.join(name));
+        }
+        make();
+        for mode in ["", ",readonly=on"] {
+            let words = format!("{words}{mode}");
+            let (content, said, trace) = traced(&scratch, &words, "open,openat,openat2,creat");
+            assert!(trace.contains("/image\""), "{what}: the trace shows nothing: {said}");
+            for line in
+                trace.lines().filter(|line| line.contains("victim") || line.contains("link.vmdk"))
+            {
+                tried += 1;
+                assert!(line.contains("= -1 "), "{what}{mode}: {line}");
+            }
+            if let Some(content) = content {
+                assert!(!content.contains(&b'S'), "{what}{mode}: its bytes were read");
+            }
+        }
+    }
+    assert!(tried >= 4, "nobody tried: {tried}");
+    assert!(std::fs::read(&victim).unwrap() == vec![b'S'; 1 << 20]);
+}
+
+#[test]
+fn what_is_missing_is_named_with_the_way_out() {
+    let scratch = Scratch::new();
+    let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
+    let disk = format!("name=root,socket={}{}", scratch.text("d.sock"), Kind::QCOW2.words(&image));
+    let output = Command::new(upcall_program())
+        .args(["serve", "--disk", &disk])
+        .env("PATH", scratch.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    for word in ["qemu-storage-daemon", "7.2", "Debian", "Fedora", "Arch"] {
+        assert!(said.contains(word), "no {word}: {said}");
+    }
+    let refused = |words: &str, says: &str| {
+        let disk = format!("name=root,socket={}{words}", scratch.text("d.sock"));
+        let ended = upcall(&["serve", "--disk", &disk]);
+        assert!(ended.code == Some(1) && ended.stderr.contains(says), "{words}: {}", ended.stderr);
+    };
+    let flat = Kind::WRITABLE[2].create(&scratch, "flat.vmdk", BYTES);
+    refused(&format!(",file={},format=vmdk", flat.display()), "extents=FOLDER");
+    refused(&format!(",file={},format=vdi", image.display()), "cannot be served as vdi");
+    refused(&format!(",file={},format=vdi,backing=raw:x", image.display()), "only qcow2 and vmdk");
+    refused(",file=/nowhere/a,format=qcow2", "no such file");
+    assert_eq!(scratch.names(), ["disk", "flat-flat.vmdk", "flat.vmdk"], "something is left");
 }

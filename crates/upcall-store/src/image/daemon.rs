@@ -1,8 +1,8 @@
 //! Daemons: one qemu-storage-daemon at a time, started, watched, ended.
 //!
 //! One thread, confined for ever, starts them all: what it starts is confined as it is. It
-//! lives as long as the store, because a daemon asks to die with its parent, and for the kernel
-//! that is the thread that started it.
+//! lives as long as the store, because a daemon asks to be told when its parent dies, and for the
+//! kernel that is the thread that started it.
 //!
 //! A daemon has an empty environment, its own process group (a Ctrl-C for us is not one for
 //! it: we flush first), `/dev/null` as standard input and output, and besides its standard
@@ -126,8 +126,9 @@ fn spawn(program: &Program, plan: &Arc<Plan>, listener: OwnedFd) -> io::Result<C
     command.spawn()
 }
 
-/// In the child: everything but standard files and `inherited` closes on exec; it dies with
-/// its parent, and leaves no dump of guest data.
+/// In the child: everything but standard files and `inherited` closes on exec, and it leaves no
+/// dump of guest data. When its parent dies it is asked to end, not killed: it alone has what
+/// was completed and is not yet in the image. It holds the image's locks until it has ended.
 fn prepare<'a>(parent: Pid, inherited: impl Iterator<Item = BorrowedFd<'a>>) -> io::Result<()> {
     const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
     // SAFETY: a plain system call on numbers.
@@ -141,7 +142,7 @@ fn prepare<'a>(parent: Pid, inherited: impl Iterator<Item = BorrowedFd<'a>>) -> 
     }
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none)?;
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
     // It may have ended before that.
     if rustix::process::getppid() == Some(parent) {
         Ok(())

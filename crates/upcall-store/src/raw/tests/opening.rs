@@ -19,7 +19,7 @@ fn what_is_no_image_is_refused_with_the_way_out() {
     let missing = message(at("nothing"));
     assert!(missing.contains("nothing: no such file; create"), "{missing}");
     let directory = message(RawOptions::new(&dir.0));
-    assert!(directory.contains("is a directory; a raw store needs"), "{directory}");
+    assert!(directory.contains("is a directory; a disk needs"), "{directory}");
     rustix::fs::mkfifoat(rustix::fs::CWD, dir.0.join("pipe"), 0o600.into()).unwrap();
     assert!(message(at("pipe")).contains("is a pipe"));
     let _socket = std::os::unix::net::UnixListener::bind(dir.0.join("socket")).unwrap();
