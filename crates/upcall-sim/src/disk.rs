@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use upcall_block::{DiskInfo, Op, OpSet, Range};
+use upcall_chain::OnFailure;
 use upcall_vhost::mock::{Device, Memory};
 use upcall_vhost::{BlkConfig, BlkOptions};
 
 use crate::filters::{OWN_SECTORS, Role};
-use crate::guest::{Ended, Kind, Outcome, Request, Ring};
+use crate::guest::{Ended, Kind, Outcome, Request, Ring, Shape};
 use crate::history::History;
 use crate::medium::{Failed, Medium, sectors};
 use crate::plan::DiskPlan;
@@ -26,14 +27,20 @@ pub enum Excuse {
     Medium(Failed),
     /// The medium of the second disk did.
     Second(Failed),
-    /// Whatever it is: a filter is gone, or its ring stopped.
-    Any,
+    /// Its ring was stopped, and what filters held was cancelled.
+    Stop {
+        /// Which one of the disk's.
+        ring: usize,
+    },
+    /// A filter was gone whose policy lets requests fail.
+    Filter,
 }
 
 /// See the module.
 pub struct Disk {
     pub number: u32,
     pub roles: Vec<Role>,
+    pub policies: Vec<OnFailure>,
     /// The key of each slot's filter, 0 for one that changes nothing.
     pub keys: Vec<u64>,
     pub medium: Medium,
@@ -49,8 +56,12 @@ pub struct Disk {
     excuses: Vec<(u64, Excuse)>,
     /// Errors of the medium, and who may have caused them.
     suspects: Vec<BTreeSet<u64>>,
+    /// Filters that are gone and whose policy lets requests fail.
+    failing_filters: usize,
     /// Sectors whose copy may differ.
     copy_unsure: Vec<bool>,
+    /// Requests that filters of a dead worker have seen.
+    pub seen_before: BTreeSet<u64>,
 }
 
 fn info(sectors: usize) -> DiskInfo {
@@ -92,16 +103,22 @@ impl Disk {
             let sectors = (0..all).map(|sector| fresh(sector, keys)).collect();
             Medium::new(info(all), sectors, guests, random.fork())
         };
-        let splitter = plan.roles.iter().position(|role| *role == Role::Splitter);
+        let splitter = plan.roles.iter().position(|(role, _)| *role == Role::Splitter);
         let second = splitter.map(|slot| medium(&real(&keys[..slot])));
         let medium = medium(&real(&keys));
         let ring = |_| {
-            let base = random.pick(&[0, 7, 65_530]);
-            Ring::new(memory, plan.ring_size, plan.event_idx, base, number, guests)
+            let shape = Shape {
+                size: plan.ring_size,
+                packed: plan.packed,
+                event_idx: plan.event_idx,
+                base: random.pick(&[0, 7, 65_530]),
+            };
+            Ring::new(memory, shape, number, guests)
         };
         Disk {
             number,
-            roles: plan.roles.clone(),
+            roles: plan.roles.iter().map(|(role, _)| *role).collect(),
+            policies: plan.roles.iter().map(|(_, policy)| *policy).collect(),
             keys,
             medium,
             second,
@@ -112,7 +129,9 @@ impl Disk {
             open: BTreeMap::new(),
             excuses: Vec::new(),
             suspects: Vec::new(),
+            failing_filters: 0,
             copy_unsure: vec![false; guests],
+            seen_before: BTreeSet::new(),
         }
     }
 
@@ -239,12 +258,15 @@ impl Disk {
         failures
     }
 
-    /// From now on to the next call errors have a reason.
+    /// Errors of requests that are in flight now have a reason.
     pub fn excuse(&mut self, now_ns: u64, excuse: Excuse) {
         self.excuses.push((now_ns, excuse));
     }
 
     fn is_excused(&self, request: &Request) -> bool {
+        if self.failing_filters > 0 {
+            return true;
+        }
         let since = self.excuses.iter().filter(|(when_ns, _)| *when_ns >= request.begun_ns);
         since.into_iter().any(|(_, excuse)| match excuse {
             // A journal's own write may have failed.
@@ -253,7 +275,8 @@ impl Disk {
                     || sectors(failed.range).start >= self.guests && request.kind.is_modification()
             }
             Excuse::Second(failed) => matches(request, failed, false),
-            Excuse::Any => true,
+            Excuse::Stop { ring } => *ring == request.ring,
+            Excuse::Filter => true,
         })
     }
 
@@ -310,6 +333,45 @@ impl Disk {
         Ok(checked)
     }
 
+    /// A filter at a place of the disk is gone, and what becomes of requests.
+    pub fn lose_filter(&mut self, role: Role, on_failure: OnFailure) {
+        if on_failure == OnFailure::Fail {
+            self.failing_filters += 1;
+        }
+        if role == Role::Splitter && on_failure != OnFailure::Hold {
+            self.copy_unsure.fill(true);
+        }
+    }
+
+    /// It is back.
+    pub fn return_filter(&mut self, role: Role, on_failure: OnFailure, now_ns: u64) {
+        if on_failure == OnFailure::Fail {
+            self.failing_filters -= 1;
+            self.excuse(now_ns, Excuse::Filter);
+        }
+        if role == Role::Splitter && on_failure != OnFailure::Hold {
+            // What went past it may still be under way.
+            self.copy_unsure.fill(true);
+        }
+    }
+
+    /// The worker is dead: the next one asks the media anew.
+    pub fn lose_worker(&mut self, now_ns: u64) {
+        if self.failing_filters > 0 {
+            // Requests may have failed, and the guest has not looked yet.
+            self.excuse(now_ns, Excuse::Filter);
+        }
+        self.failing_filters = 0;
+        if self.medium.lose_worker() {
+            // That a flush has failed was known to the dead worker alone.
+            self.history.doubt();
+        }
+        if let Some(second) = &self.second {
+            second.lose_worker();
+        }
+        self.suspects.clear();
+    }
+
     /// The power is cut: worker and guest are gone, and what was not flushed may be.
     pub fn cut_power(&mut self) {
         self.medium.cut_power();
@@ -326,6 +388,7 @@ impl Disk {
         self.copy_unsure.fill(true);
         self.suspects.clear();
         self.excuses.clear();
+        self.failing_filters = 0;
     }
 }
 

@@ -11,9 +11,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use upcall_abi::filter::{ISSUED_MAX, request_flag, verdict};
-use upcall_abi::ring::{Completion, NO_DATA, Submission, completion_kind, submission_kind};
+use upcall_abi::ring::{
+    Completion, NO_DATA, SUBMISSION_HEAD_OFFSET, Submission, completion_kind, submission_kind,
+};
 use upcall_block::{Op, OpSet};
-use upcall_chain::{Class, SlotSpec};
+use upcall_chain::{Class, OnFailure, Recovery, RecoveryPolicy, SlotSpec};
 use upcall_worker::sim::World;
 
 use crate::coverage::Coverage;
@@ -163,6 +165,8 @@ pub struct View<'a> {
     pub keys_above: &'a [u64],
     /// Requests of the guest in flight.
     pub open: &'a BTreeMap<u64, Request>,
+    /// Requests that filters of a dead worker have seen.
+    pub seen_before: &'a BTreeSet<u64>,
     pub now_ns: u64,
 }
 
@@ -209,6 +213,8 @@ struct Desk {
     watching: BTreeMap<u32, (u64, Submission)>,
     /// Not answered, by request; for checks.
     open: BTreeMap<u32, Submission>,
+    /// Which of them are what writes of the guest.
+    writes: BTreeMap<u32, (u64, u64)>,
     /// Writes of the guest that came down, for checks.
     seen: BTreeSet<(u64, u64)>,
     /// Requests whose answer the dead instance owed, in the order in which it got them.
@@ -217,6 +223,8 @@ struct Desk {
     owed_at: usize,
     /// In the order in which they came.
     order: Vec<Submission>,
+    /// Writes of the guest whose verdict it gave, in this life or an earlier one.
+    answered: BTreeSet<(u64, u64)>,
 }
 
 /// A place of a filter: a slot of a chain, in one engine of its disk.
@@ -241,6 +249,16 @@ struct Cached {
 pub struct Process {
     pub role: Role,
     pub places: Vec<Place>,
+    /// What becomes of requests while it is gone.
+    pub on_failure: OnFailure,
+    /// Decides when it is started again.
+    pub recovery: Recovery,
+    /// So many attempts to start it fail.
+    pub failing_starts: u32,
+    /// So many entries of nonsense it has to write.
+    pub nonsense: u32,
+    /// It has written some, in this life.
+    babbled: bool,
     /// The key of a changer.
     pub key: u64,
     pub up: bool,
@@ -273,9 +291,14 @@ fn is_retry(entry: &Submission) -> bool {
 }
 
 impl Process {
-    pub fn new(role: Role, key: u64) -> Process {
+    pub fn new(role: Role, key: u64, on_failure: OnFailure, policy: RecoveryPolicy) -> Process {
         Process {
             role,
+            on_failure,
+            recovery: Recovery::new(policy),
+            failing_starts: 0,
+            nonsense: 0,
+            babbled: false,
             places: Vec::new(),
             key,
             up: true,
@@ -319,14 +342,38 @@ impl Process {
             desk.open.get(&number(entry)).is_some_and(|open| open.token == entry.token)
         });
         let owed = owed.copied().collect();
-        *desk = Desk { owed, ..Desk::default() };
+        // Whoever talked nonsense is not heard to the end.
+        let answered = match self.babbled {
+            true => BTreeSet::new(),
+            false => std::mem::take(&mut desk.answered),
+        };
+        *desk = Desk { owed, answered, ..Desk::default() };
+    }
+
+    /// Requests of the guest that it has seen at a place.
+    pub fn seen(&self, place: usize) -> impl Iterator<Item = u64> {
+        self.desks[place].seen.iter().map(|(request, _)| *request)
     }
 
     /// It is dead, at all its places; see [`die`](Self::die).
     pub fn end(&mut self) {
         (self.up, self.hung, self.doom) = (false, false, None);
+        (self.nonsense, self.babbled) = (0, false);
         self.cache.clear();
         self.reads.clear();
+    }
+
+    /// Whether somebody waits for it to come back.
+    pub fn is_needed(&self) -> bool {
+        self.on_failure != OnFailure::Detach
+    }
+
+    /// Its end of a ring says what cannot be.
+    pub fn break_ring(&mut self, place: usize, world: &mut World, random: &mut Random) {
+        self.babbled = true;
+        let head = (random.number() as u32 | 0x8000_0000).to_le_bytes();
+        let memory = &world.hosts[self.places[place].slot].memory;
+        memory.write(SUBMISSION_HEAD_OFFSET, &head).expect("in the ring");
     }
 
     /// A turn at one of its places.
@@ -349,8 +396,9 @@ impl Process {
             // It waits for room, as a real one does.
             return Acted::Idle;
         }
+        let babbles = self.nonsense > 0;
         let mut turn = Turn { process: self, place, world, view, tools, died: false };
-        let busy = turn.act();
+        let busy = if babbles { turn.babble() } else { turn.act() };
         match (turn.died, busy) {
             (true, _) => Acted::Died,
             (_, true) => Acted::Busy,
@@ -413,6 +461,33 @@ impl Turn<'_, '_> {
             submission_kind::ISSUED => self.result(&entry),
             kind => panic!("a submission of kind {kind}"),
         }
+        true
+    }
+
+    /// Writes what no filter host of ours would write.
+    fn babble(&mut self) -> bool {
+        self.process.nonsense -= 1;
+        self.process.babbled = true;
+        let slot = self.slot();
+        let random = &mut self.tools.random;
+        // A delivery that there never was: serials do not come so far.
+        let token = random.number() | 1 << 63;
+        let mut entry = Completion { token, cookie: random.number(), ..Completion::default() };
+        entry.kind = random.pick(&[
+            completion_kind::VERDICT,
+            completion_kind::HELD,
+            completion_kind::ISSUE,
+            0,
+            77,
+        ]);
+        entry.code = random.number() as u8;
+        entry.status = random.number() as i32;
+        if entry.kind == completion_kind::ISSUE {
+            // Too long, whoever it is from.
+            (entry.offset, entry.length) = (random.number(), u32::MAX);
+        }
+        self.world.hosts[slot].say(entry);
+        self.note(format_args!("says nonsense"));
         true
     }
 
@@ -484,7 +559,15 @@ impl Turn<'_, '_> {
             );
         }
         if let Content::Stamp { request, .. } = parse(&self.plain(entry)[0]) {
+            let answered = self.desk().answered.contains(&(request, entry.offset));
+            assert!(
+                !answered,
+                "a {} gets request {request} again, which it had answered: {entry:?}",
+                self.process.role.name()
+            );
+            self.desk().writes.insert(number(entry), (request, entry.offset));
             let new = self.desk().seen.insert((request, entry.offset));
+            let new = new && !self.view.seen_before.contains(&request);
             assert!(
                 new || is_retry(entry),
                 "a {} sees request {request} twice, unmarked: {entry:?}",
@@ -497,6 +580,9 @@ impl Turn<'_, '_> {
 
     fn answer(&mut self, to: &Submission, code: u8, status: i32, cookie: u64) {
         self.desk().open.remove(&number(to));
+        if let Some(write) = self.desk().writes.remove(&number(to)) {
+            self.desk().answered.insert(write);
+        }
         let slot = self.slot();
         self.world.hosts[slot].answer_with(to, code, status, cookie);
     }

@@ -5,13 +5,18 @@
 //! status and a length that fit the request; memory that the device does not own does not
 //! change. What the data may be is for the history to say.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
+use upcall_block::Op;
 use upcall_vhost::VirtQueue;
-use upcall_vhost::mock::{Desc, Device, Driver, Memory, header, segment};
+use upcall_vhost::mock::{
+    Desc, Device, Driver, GuestDriver, InflightFile, Memory, PackedDriver, Used, header, segment,
+};
 
 use crate::random::Random;
+use crate::spy::Taken;
 use crate::stamp::{Bytes, Content, SECTOR, parse, stamp};
 
 /// Most sectors of a request.
@@ -59,6 +64,18 @@ impl Kind {
         }
     }
 
+    /// What it becomes, if it gets so far.
+    pub fn op(self) -> Option<Op> {
+        match self {
+            Kind::Read => Some(Op::Read),
+            Kind::Write => Some(Op::Write),
+            Kind::Flush => Some(Op::Flush),
+            Kind::Discard => Some(Op::Discard),
+            Kind::WriteZeroes { .. } => Some(Op::WriteZeroes),
+            Kind::GetId | Kind::Unknown | Kind::PastEnd => None,
+        }
+    }
+
     /// Whether it changes what the disk holds, if it succeeds.
     pub fn is_modification(self) -> bool {
         matches!(self, Kind::Write | Kind::Discard | Kind::WriteZeroes { .. })
@@ -80,6 +97,8 @@ pub struct Request {
     pub id: u64,
     pub kind: Kind,
     pub sectors: Range<usize>,
+    /// By which ring of its disk it came.
+    pub ring: usize,
     pub begun_ns: u64,
 }
 
@@ -102,29 +121,44 @@ struct Slot {
     busy: Option<Request>,
 }
 
+/// A driver, by the layout of its ring.
+enum Layout {
+    Split(Driver),
+    Packed(PackedDriver),
+}
+
+/// How a ring is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub size: u16,
+    pub packed: bool,
+    pub event_idx: bool,
+    /// Where the indices of a split ring begin.
+    pub base: u16,
+}
+
 /// One ring of a guest's disk.
 pub struct Ring {
-    pub driver: Driver,
+    shape: Shape,
+    layout: Layout,
+    /// What the hypervisor keeps of the requests in flight, for the next worker.
+    inflight: InflightFile,
     memory: Arc<Memory>,
     disk: u32,
     slots: Vec<Slot>,
     /// Sectors of the disk.
     capacity: usize,
+    /// The last request that this life of the worker was handed out.
+    last_taken: u64,
+    /// Requests that any worker was.
+    handed: BTreeSet<u64>,
 }
 
 const DATA: usize = SECTORS_MAX * SECTOR;
 
 impl Ring {
-    pub fn new(
-        memory: &Arc<Memory>,
-        size: u16,
-        event_idx: bool,
-        base: u16,
-        disk: u32,
-        capacity: usize,
-    ) -> Ring {
-        let driver = Driver::new(memory.clone(), size, event_idx, base);
-        let slots = (0..size / DESCRIPTORS).map(|_| {
+    pub fn new(memory: &Arc<Memory>, shape: Shape, disk: u32, capacity: usize) -> Ring {
+        let slots = (0..shape.size / DESCRIPTORS).map(|_| {
             let data = memory.allocate(DATA + 2 * MARGIN, 64) + MARGIN as u64;
             memory.write(data - MARGIN as u64, &[POISON; DATA + 2 * MARGIN]);
             Slot {
@@ -135,7 +169,46 @@ impl Ring {
                 busy: None,
             }
         });
-        Ring { slots: slots.collect(), driver, memory: memory.clone(), disk, capacity }
+        Ring {
+            shape,
+            slots: slots.collect(),
+            layout: Layout::new(memory, shape),
+            inflight: InflightFile::new(shape.size, shape.packed),
+            memory: memory.clone(),
+            disk,
+            capacity,
+            last_taken: 0,
+            handed: BTreeSet::new(),
+        }
+    }
+
+    /// A worker begins.
+    pub fn begin_life(&mut self) {
+        self.last_taken = 0;
+    }
+
+    /// The worker was handed out a request. Within a life they come in the order in which
+    /// they were submitted: first those that another worker had, which say so, and each once.
+    pub fn check_taken(&mut self, taken: &Taken) {
+        let same = |request: &&Request| {
+            request.id > self.last_taken
+                && request.kind.op() == Some(taken.op)
+                && request.sectors == taken.sectors
+        };
+        let open = self.slots.iter().filter_map(|slot| slot.busy.as_ref()).filter(same);
+        // One that a worker completed, and the guest has not looked at, is no candidate for
+        // a request that nobody had.
+        let candidates = open.map(|request| request.id);
+        let id = candidates.filter(|id| taken.retry || !self.handed.contains(id)).min();
+        let Some(id) = id else {
+            panic!(
+                "the ring hands out {taken:?} after request {}: twice, out of order, without \
+                 saying that another worker had it, or never asked for",
+                self.last_taken
+            );
+        };
+        self.last_taken = id;
+        self.handed.insert(id);
     }
 
     /// Whether another request fits.
@@ -148,20 +221,18 @@ impl Ring {
         let free: Vec<usize> =
             (0..self.slots.len()).filter(|at| self.slots[*at].busy.is_none()).collect();
         let at = free[random.below(free.len())];
-        let head = at as u16 * DESCRIPTORS;
         self.check_margins(at);
         let chain = self.prepare(at, &request, random);
         let direct = chain.len() <= usize::from(DESCRIPTORS) && !random.one_in(3);
         if direct {
-            self.driver.submit_chain(head, &chain);
+            self.layout.submit(at, &chain);
         } else {
             let table = self.slots[at].table;
             for (number, desc) in chain.iter().enumerate() {
-                let next = if number + 1 < chain.len() { 1 } else { 0 };
-                let bytes = Desc { flags: desc.flags | next, ..*desc }.bytes(number as u16 + 1);
+                let bytes = self.layout.indirect(*desc, number, number + 1 == chain.len());
                 self.memory.write(table + number as u64 * 16, &bytes);
             }
-            self.driver.submit_chain(head, &[Desc::indirect(table, chain.len() as u32)]);
+            self.layout.submit(at, &[Desc::indirect(table, chain.len() as u32)]);
         }
         self.slots[at].busy = Some(request);
     }
@@ -225,14 +296,15 @@ impl Ring {
 
     /// What came back since the last call.
     pub fn reap(&mut self) -> Vec<Ended> {
-        let used = self.driver.reap();
+        let used = self.layout.reap();
         used.into_iter().map(|used| self.end(used.head, used.length)).collect()
     }
 
     fn end(&mut self, head: u32, length: u32) -> Ended {
-        let at = (head / u32::from(DESCRIPTORS)) as usize;
-        let known = head.is_multiple_of(u32::from(DESCRIPTORS)) && at < self.slots.len();
-        assert!(known, "head {head} came back, which was never made available");
+        let at = self.layout.slot(head);
+        let Some(at) = at.filter(|at| *at < self.slots.len()) else {
+            panic!("head {head} came back, which was never made available");
+        };
         let Some(request) = self.slots[at].busy.take() else {
             panic!("head {head} came back although nothing is in flight there: completed twice");
         };
@@ -286,13 +358,71 @@ impl Ring {
         for at in 0..self.slots.len() {
             self.poison(at);
         }
-        self.driver.reset();
+        self.inflight = InflightFile::new(self.shape.size, self.shape.packed);
+        match &mut self.layout {
+            Layout::Split(driver) => driver.reset(),
+            layout => *layout = Layout::new(&self.memory, self.shape),
+        }
         forgotten
     }
 
-    /// The device's end of the ring.
-    pub fn open(&self, device: &Device) -> VirtQueue {
-        device.queue(&self.driver)
+    /// The device's end of the ring, for a worker that finds what the last one left.
+    pub fn open(&self, device: &mut Device) -> VirtQueue {
+        device.track(&self.inflight);
+        match &self.layout {
+            Layout::Split(driver) => driver.queue(device),
+            Layout::Packed(driver) => GuestDriver::queue(driver, device),
+        }
+    }
+}
+
+impl Layout {
+    fn new(memory: &Arc<Memory>, shape: Shape) -> Layout {
+        let Shape { size, packed, event_idx, base } = shape;
+        match packed {
+            true => Layout::Packed(PackedDriver::new(memory.clone(), size, event_idx)),
+            false => Layout::Split(Driver::new(memory.clone(), size, event_idx, base)),
+        }
+    }
+
+    fn submit(&mut self, slot: usize, chain: &[Desc]) {
+        match self {
+            Layout::Split(driver) => driver.submit_chain(slot as u16 * DESCRIPTORS, chain),
+            Layout::Packed(driver) => driver.submit_chain(slot as u16, chain),
+        }
+    }
+
+    fn reap(&mut self) -> Vec<Used> {
+        match self {
+            Layout::Split(driver) => driver.reap(),
+            Layout::Packed(driver) => driver.reap(),
+        }
+    }
+
+    /// The slot of a head that came back.
+    fn slot(&self, head: u32) -> Option<usize> {
+        let per_slot = match self {
+            Layout::Split(_) => u32::from(DESCRIPTORS),
+            Layout::Packed(_) => 1,
+        };
+        head.is_multiple_of(per_slot).then_some((head / per_slot) as usize)
+    }
+
+    /// An entry of an indirect table.
+    fn indirect(&self, desc: Desc, number: usize, is_last: bool) -> [u8; 16] {
+        match self {
+            Layout::Split(_) => {
+                let next = u16::from(!is_last);
+                Desc { flags: desc.flags | next, ..desc }.bytes(number as u16 + 1)
+            }
+            Layout::Packed(_) => {
+                // Address and length alike; then an id that says nothing, and the flags.
+                let mut bytes = desc.bytes(0);
+                bytes[12..14].fill(0);
+                bytes[14..].copy_from_slice(&desc.flags.to_le_bytes());
+                bytes
+            }
+        }
     }
 }
 

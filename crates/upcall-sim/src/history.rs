@@ -193,6 +193,11 @@ impl History {
         });
     }
 
+    /// A flush failed and nobody was told: what is not durable now may never be.
+    pub fn doubt(&mut self) {
+        self.unflushed.clear();
+    }
+
     /// A request will never complete: the guest has forgotten it.
     pub fn forget(&mut self, request: u64) {
         if self.writes.contains_key(&request) {

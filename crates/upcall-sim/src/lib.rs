@@ -6,11 +6,13 @@
 //! | `plan` | what a seed makes: disks, chains, load, faults |
 //! | `simulation` | the scheduler: who has a turn, when faults begin, how a world ends |
 //! | `guest` | drivers that fill rings, and look at what comes back |
+//! | `spy` | what a ring hands out, noted |
 //! | `filters` | filter hosts, played, with the points at which they die |
 //! | `medium` | where data ends up, with its fault model |
 //! | `stamp` | sectors that say whose they are |
 //! | `history` | what a disk may hold, judged from what its guest saw |
 //! | `disk` | one disk: media, guest and history together |
+//! | `plants` | known bugs, planted again, that worlds must show |
 //! | `campaign` | many worlds, canaries, determinism, coverage, the ledger |
 //!
 //! Always true: a world depends on its seed and on the code alone, so a seed and a commit
@@ -27,11 +29,14 @@ mod guest;
 mod history;
 mod medium;
 mod plan;
+mod plants;
 mod random;
 mod simulation;
+mod spy;
 mod stamp;
 mod trace;
 
-pub use campaign::{Campaign, Outcome, Report, commit, run_world};
+pub use campaign::{Campaign, Outcome, Report, Run, commit, find_plant, run_world};
 pub use coverage::Coverage;
 pub use medium::Canary;
+pub use plants::Plant;

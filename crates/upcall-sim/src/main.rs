@@ -2,11 +2,13 @@
 
 use std::process::ExitCode;
 
-use upcall_sim::{Campaign, Canary, commit, run_world};
+use upcall_sim::{Campaign, Canary, Plant, Run, commit, find_plant, run_world};
 
 const USAGE: &str = "\
 Usage: upcall-sim [--seeds N] [--from S]     N worlds (100) from seed S (0)
-       upcall-sim --seed S [--canary NAME]   one world, with all that happens in it
+       upcall-sim --seed S [--canary NAME] [--plant NAME]
+                                             one world, with all that happens in it
+       upcall-sim --plant NAME [--seeds N]   the first world that shows a planted bug
 
 UPCALL_SEED=S is --seed S. The last line of a campaign begins with \"ledger:\".
 The exit status is 1 if something is wrong.";
@@ -16,11 +18,12 @@ struct Arguments {
     seeds: u64,
     seed: Option<u64>,
     canary: Option<Canary>,
+    plant: Option<Plant>,
 }
 
 fn arguments() -> Result<Arguments, String> {
     let seed = std::env::var("UPCALL_SEED").ok().map(|seed| number(&seed)).transpose()?;
-    let mut arguments = Arguments { first: 0, seeds: 100, seed, canary: None };
+    let mut arguments = Arguments { first: 0, seeds: 100, seed, canary: None, plant: None };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
@@ -32,6 +35,11 @@ fn arguments() -> Result<Arguments, String> {
                 let name = value()?;
                 let canary = Canary::ALL.into_iter().find(|canary| canary.name() == name);
                 arguments.canary = Some(canary.ok_or(format!("no canary is called {name}"))?);
+            }
+            "--plant" => {
+                let name = value()?;
+                let plant = Plant::all().into_iter().find(|plant| plant.name() == name);
+                arguments.plant = Some(plant.ok_or(format!("no plant is called {name}"))?);
             }
             _ => return Err(format!("unknown word {word}")),
         }
@@ -51,15 +59,30 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match arguments.seed {
-        Some(seed) => one(seed, arguments.canary),
-        None => campaign(arguments),
+    match (arguments.seed, arguments.plant) {
+        (Some(seed), plant) => one(seed, Run { canary: arguments.canary, plant, prints: true }),
+        (None, Some(plant)) => show(plant, &arguments),
+        (None, None) => campaign(arguments),
     }
 }
 
-fn one(seed: u64, canary: Option<Canary>) -> ExitCode {
+/// Succeeds if the bug shows.
+fn show(plant: Plant, arguments: &Arguments) -> ExitCode {
+    match find_plant(plant, arguments.first, arguments.seeds) {
+        Some((seed, wrong)) => {
+            println!("{}: seed {seed}: {wrong}", plant.name());
+            ExitCode::SUCCESS
+        }
+        None => {
+            println!("{}: not seen in {} worlds", plant.name(), arguments.seeds);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn one(seed: u64, run: Run) -> ExitCode {
     println!("seed {seed}, commit {}", commit());
-    let outcome = run_world(seed, canary, true);
+    let outcome = run_world(seed, run);
     for (what, count) in outcome.coverage.iter() {
         println!("{count:>10}  {what}");
     }

@@ -192,6 +192,15 @@ impl Medium {
         std::mem::take(&mut self.lock().failures)
     }
 
+    /// The worker is dead: its requests are done, or not, and it is opened anew. Whether a
+    /// flush had failed.
+    pub fn lose_worker(&self) -> bool {
+        let mut state = self.lock();
+        let failed = state.failed;
+        state.lose_worker();
+        failed
+    }
+
     /// The power goes: only what is durable is certain.
     pub fn cut_power(&self) {
         self.lock().cut_power();
@@ -519,7 +528,7 @@ mod tests {
         }
         assert!(run(&medium, &mut queue, Op::Read, 0).is_ok());
         assert_eq!(medium.take_failures().len(), 4);
-        medium.lock().lose_worker();
+        medium.lose_worker();
         assert!(run(&medium, &mut queue, Op::Flush, 0).is_ok());
     }
 
@@ -529,7 +538,7 @@ mod tests {
         for seed in 0..50 {
             let (medium, mut queue) = medium(seed);
             submit(&medium, &mut queue, Op::Write, 1);
-            medium.lock().lose_worker();
+            medium.lose_worker();
             assert_eq!(queue.in_flight(), 0);
             for sector in 0..8 {
                 let bytes = medium.sector(sector);

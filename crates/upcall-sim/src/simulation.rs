@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use upcall_block::{Op, RequestQueue};
-use upcall_vhost::VirtQueue;
+use upcall_chain::Failed;
+use upcall_vhost::crash;
 use upcall_vhost::mock::{Device, Memory};
 use upcall_worker::sim::{Making, World};
 
@@ -24,6 +25,7 @@ use crate::guest::{Kind, Outcome, Request, SECTORS_MAX};
 use crate::medium::{Canary, Weather};
 use crate::plan::Plan;
 use crate::random::Random;
+use crate::spy::{Notes, Spy};
 use crate::trace::Trace;
 
 /// Bytes of the guest's memory.
@@ -37,12 +39,12 @@ const MS: u64 = 1_000_000;
 /// An engine, and the ring that it serves.
 struct Seat {
     world: World,
+    device: Device,
+    notes: Notes,
     disk: usize,
     ring: usize,
     /// A stop under way, and what follows it.
     stopping: Option<(Stopped, After)>,
-    /// No queue is served.
-    stopped: bool,
 }
 
 /// Where a queue comes back that was stopped.
@@ -64,7 +66,6 @@ pub struct Simulation {
     now_ns: u64,
     memory: Arc<Memory>,
     disks: Vec<Disk>,
-    devices: Vec<Device>,
     processes: Vec<Process>,
     seats: Vec<Seat>,
     weather_until_ns: u64,
@@ -72,6 +73,8 @@ pub struct Simulation {
     completed: u64,
     /// No faults any more.
     calm: bool,
+    /// The worker dies after so many stores to memory that outlives it.
+    death_in: Option<u64>,
     pub coverage: Coverage,
     pub trace: Trace,
 }
@@ -83,23 +86,13 @@ impl Simulation {
         let mut plan = Plan::new(&mut random);
         canary.iter().for_each(|canary| plan.suit(*canary));
         let memory = Arc::new(Memory::new(MEMORY));
-        let mut processes: Vec<Process> = Vec::new();
         let mut disks = Vec::new();
+        let shared_key = random.number() | 1;
         for (number, disk) in plan.disks.iter().enumerate() {
-            let keys = disk.roles.iter().map(|role| {
-                let shared = plan.shares_hosts;
-                let known = processes.iter().find(|known| shared && known.role == *role);
-                match (role, known) {
-                    (_, Some(known)) => known.key,
-                    (Role::Changer, None) => {
-                        processes.push(Process::new(*role, random.number() | 1));
-                        processes[processes.len() - 1].key
-                    }
-                    (_, None) => {
-                        processes.push(Process::new(*role, 0));
-                        0
-                    }
-                }
+            let keys = disk.roles.iter().map(|(role, _)| match (role, plan.shares_hosts) {
+                (Role::Changer, true) => shared_key,
+                (Role::Changer, false) => random.number() | 1,
+                _ => 0,
             });
             let keys = keys.collect();
             disks.push(Disk::new(number as u32, disk, keys, &memory, &mut random));
@@ -110,13 +103,13 @@ impl Simulation {
             now_ns: 1,
             memory,
             disks,
-            devices: Vec::new(),
             processes: Vec::new(),
             seats: Vec::new(),
             weather_until_ns: 0,
             next_request: 1,
             completed: 0,
             calm: false,
+            death_in: None,
             coverage: Coverage::default(),
             trace: Trace::default(),
         };
@@ -128,27 +121,42 @@ impl Simulation {
         simulation
     }
 
-    /// A worker begins: engines, filter hosts, devices on what is there.
+    /// A worker begins: engines, filter hosts, devices on what is there. It may die over it
+    /// as well.
     fn start_worker(&mut self) {
+        loop {
+            let before = crash::passed();
+            if crash::catch(self.death_in.unwrap_or(u64::MAX), || self.set_up()).is_ok() {
+                if let Some(left) = &mut self.death_in {
+                    *left -= crash::passed() - before;
+                }
+                return;
+            }
+            self.coverage.count("worker death: while it starts");
+            self.death_in = None;
+            let now_ns = self.now_ns;
+            self.disks.iter_mut().for_each(|disk| disk.lose_worker(now_ns));
+        }
+    }
+
+    fn set_up(&mut self) {
         self.processes = Vec::new();
         self.seats = Vec::new();
-        self.devices = Vec::new();
         for at in 0..self.disks.len() {
             let hosts = self.hosts_of(at);
             for ring in 0..self.disks[at].rings.len() {
                 let mut world = self.engine(at);
                 world.pass(self.now_ns);
-                if ring == 0 {
-                    let device = self.disks[at].device(world.info.ops, &self.memory);
-                    self.devices.push(device);
-                }
-                let queue = self.disks[at].rings[ring].open(&self.devices[at]);
-                serve(&mut world, queue);
+                let mut device = self.disks[at].device(world.info.ops, &self.memory);
+                let queue = self.disks[at].rings[ring].open(&mut device);
+                self.disks[at].rings[ring].begin_life();
+                let notes = Notes::default();
+                serve(&mut world, Spy::new(queue, notes.clone()));
                 let engine = self.seats.len();
                 for (slot, host) in hosts.iter().enumerate() {
                     self.processes[*host].add_place(Place { engine, slot });
                 }
-                self.seats.push(Seat { world, disk: at, ring, stopping: None, stopped: false });
+                self.seats.push(Seat { world, device, notes, disk: at, ring, stopping: None });
             }
         }
     }
@@ -157,12 +165,14 @@ impl Simulation {
     fn hosts_of(&mut self, at: usize) -> Vec<usize> {
         let disk = &self.disks[at];
         let mut hosts = Vec::new();
-        for (role, key) in disk.roles.iter().zip(&disk.keys) {
+        for (slot, role) in disk.roles.iter().enumerate() {
             let known = self.processes.iter().position(|known| known.role == *role);
             hosts.push(match known.filter(|_| self.plan.shares_hosts) {
                 Some(known) => known,
                 None => {
-                    self.processes.push(Process::new(*role, *key));
+                    let (key, policy) = (disk.keys[slot], disk.policies[slot]);
+                    let process = Process::new(*role, key, policy, self.plan.recovery);
+                    self.processes.push(process);
                     self.processes.len() - 1
                 }
             });
@@ -179,6 +189,8 @@ impl Simulation {
         }
         let (mut making, _) = Making::new(disk.roles.iter().map(|role| role.spec()).collect());
         making.issues = disk.roles.iter().map(|role| role.issues()).collect();
+        making.on_failure.clone_from(&disk.policies);
+        making.deadline_ms = self.plan.deadline_ms;
         making.lanes = lanes;
         making.entries = self.plan.entries;
         making.pages = self.plan.pages;
@@ -198,6 +210,7 @@ impl Simulation {
         for _ in 0..steps {
             self.step();
             self.begin_faults();
+            self.start_due();
         }
         self.calm_down();
         self.finish();
@@ -263,7 +276,7 @@ impl Simulation {
         let at = self.random.below(self.seats.len());
         let (seat, random) = (&mut self.seats[at], &mut self.random);
         let disk = &mut self.disks[seat.disk];
-        if seat.stopped || seat.stopping.is_some() || !disk.rings[seat.ring].has_room() {
+        if seat.stopping.is_some() || !disk.rings[seat.ring].has_room() {
             return;
         }
         let kind = match random.below(40) {
@@ -294,7 +307,13 @@ impl Simulation {
         if !random.per_mille(self.plan.overlaps) && !disk.is_quiet(&sectors) {
             return;
         }
-        let request = Request { id: self.next_request, kind, sectors, begun_ns: self.now_ns };
+        let request = Request {
+            id: self.next_request,
+            kind,
+            sectors,
+            ring: seat.ring,
+            begun_ns: self.now_ns,
+        };
         self.next_request += 1;
         self.coverage.count(&format!("request: {}", kind.name()));
         disk.begin(&request);
@@ -303,15 +322,51 @@ impl Simulation {
         self.note(format_args!("disk {disk} ring {ring}: the guest submits {request:?}"));
     }
 
-    /// A turn of an engine; whether it did something.
+    /// A turn of an engine; whether it did something. The worker may die within.
     fn turn(&mut self, at: usize) -> bool {
-        let busy = self.seats[at].world.turn();
-        if busy {
-            self.note(format_args!("engine {at} has a turn"));
+        let before = crash::passed();
+        let after = self.death_in.unwrap_or(u64::MAX);
+        let turn = crash::catch(after, || {
+            let busy = self.seats[at].world.turn();
+            if busy {
+                self.note(format_args!("engine {at} has a turn"));
+            }
+            self.look_at_taken(at);
+            self.go_on_after_stop(at);
+            busy
+        });
+        let Ok(busy) = turn else {
+            self.look_at_taken(at);
+            self.coverage.count("worker death: at a store to shared memory");
+            self.lose_worker();
+            return true;
+        };
+        if let Some(left) = &mut self.death_in {
+            *left -= crash::passed() - before;
         }
+        let broken = self.seats[at]
+            .world
+            .log
+            .lock()
+            .expect("lock")
+            .iter()
+            .any(|line| line.contains("queue is broken"));
+        assert!(!broken, "engine {at}: {:?}", self.seats[at].world.log.lock());
         self.kill_given_up(at);
-        self.go_on_after_stop(at);
         busy
+    }
+
+    /// Checks what a ring has handed out.
+    fn look_at_taken(&mut self, at: usize) {
+        let Seat { notes, disk, ring, .. } = &self.seats[at];
+        let taken = std::mem::take(&mut *notes.lock().expect("lock"));
+        let (disk, ring) = (*disk, *ring);
+        for taken in taken {
+            if taken.retry {
+                self.coverage.count("seen: request of a dead worker");
+            }
+            self.disks[disk].rings[ring].check_taken(&taken);
+        }
     }
 
     /// The guest looks at what came back; whether there was something.
@@ -347,6 +402,7 @@ impl Simulation {
             guests: disk.guests,
             keys_above: &keys_above,
             open: &disk.open,
+            seen_before: &disk.seen_before,
             now_ns: self.now_ns,
         };
         let mut tools = Tools {
@@ -388,6 +444,15 @@ impl Simulation {
         if happens(&mut self.random, faults.filter_death) {
             self.doom_filter();
         }
+        if happens(&mut self.random, faults.filter_hang) {
+            self.trouble_filter("fault: filter hang");
+        }
+        if happens(&mut self.random, faults.filter_nonsense) {
+            self.trouble_filter("fault: filter nonsense");
+        }
+        if happens(&mut self.random, faults.broken_ring) {
+            self.trouble_filter("fault: broken ring");
+        }
         if happens(&mut self.random, faults.ring_stop) {
             self.stop_ring(After::Resume);
         }
@@ -400,6 +465,15 @@ impl Simulation {
             let delay_ns = (5_000 * slower, 80_000 * slower);
             self.set_weather(Weather { delay_ns, ..Weather::FINE }, until_ns);
             self.coverage.count("fault: slow store");
+        }
+        if happens(&mut self.random, faults.worker_death) && self.death_in.is_none() {
+            self.coverage.count("fault: worker death");
+            if self.random.one_in(4) {
+                self.coverage.count("worker death: between turns");
+                self.lose_worker();
+            } else {
+                self.death_in = Some(self.random.range(0, 40));
+            }
         }
         if happens(&mut self.random, faults.power_cut) {
             self.cut_power();
@@ -415,10 +489,34 @@ impl Simulation {
         }
     }
 
+    /// The worker dies with its filter hosts, and another one takes over what it left: the
+    /// guest's memory, what the hypervisor keeps, the media.
+    fn lose_worker(&mut self) {
+        self.note(format_args!("the worker dies"));
+        // The next one may die soon, too.
+        let soon = !self.calm && self.random.one_in(3);
+        self.death_in = soon.then(|| self.random.range(0, 12));
+        for process in &self.processes {
+            for (place, Place { engine, .. }) in process.places.iter().enumerate() {
+                let disk = &mut self.disks[self.seats[*engine].disk];
+                disk.seen_before.extend(process.seen(place));
+            }
+        }
+        // The media first: a process is dead when its requests are over.
+        let now_ns = self.now_ns;
+        self.disks.iter_mut().for_each(|disk| disk.lose_worker(now_ns));
+        self.seats.clear();
+        self.start_worker();
+        if !self.calm && self.random.one_in(4) {
+            self.stop_ring(After::Resume);
+        }
+    }
+
     /// The host loses its power: everything begins anew on what the media have kept.
     fn cut_power(&mut self) {
         self.note(format_args!("the power is cut"));
         self.coverage.count("fault: power cut");
+        self.death_in = None;
         self.seats.clear();
         for disk in &mut self.disks {
             disk.cut_power();
@@ -440,18 +538,97 @@ impl Simulation {
         self.coverage.count("fault: filter death");
     }
 
-    /// A filter host dies.
+    /// Another kind of trouble with a filter host.
+    fn trouble_filter(&mut self, what: &str) {
+        let alive: Vec<usize> = (0..self.processes.len())
+            .filter(|at| self.processes[*at].up && !self.processes[*at].hung)
+            .collect();
+        if alive.is_empty() {
+            return;
+        }
+        let at = self.random.pick(&alive);
+        let process = &mut self.processes[at];
+        match what {
+            "fault: filter hang" => process.hung = true,
+            "fault: filter nonsense" => process.nonsense = self.random.range(1, 30) as u32,
+            _ => {
+                let place = self.random.below(process.places.len());
+                let engine = process.places[place].engine;
+                process.break_ring(place, &mut self.seats[engine].world, &mut self.random);
+                // What it takes from now on makes no sense either.
+                process.hung = true;
+            }
+        }
+        self.coverage.count(what);
+        let role = self.processes[at].role.name();
+        self.note(format_args!("the {role}: {what}"));
+    }
+
+    /// A filter host dies. What follows is decided by the recovery of production.
     fn kill(&mut self, at: usize) {
         let process = &mut self.processes[at];
-        self.trace.add(self.now_ns, format_args!("the {} dies", process.role.name()));
-        process.end();
         for place in 0..process.places.len() {
             let Place { engine, slot } = process.places[place];
             let seat = &mut self.seats[engine];
             process.die(place, &mut seat.world);
             seat.world.lose_host(slot);
-            self.disks[seat.disk].excuse(u64::MAX, Excuse::Any);
+            self.disks[seat.disk].lose_filter(process.role, process.on_failure);
         }
+        process.end();
+        if self.random.one_in(8) && !self.calm {
+            process.failing_starts = self.random.range(1, 3) as u32;
+        }
+        let failed = process.recovery.handle_failure(self.now_ns, process.is_needed());
+        self.count_failure(at, failed);
+    }
+
+    fn count_failure(&mut self, at: usize, failed: Failed) {
+        let process = &self.processes[at];
+        let (role, policy) = (process.role.name(), process.on_failure);
+        self.coverage.count(&format!("filter gone: {policy}"));
+        if matches!(failed, Failed::Alarm { .. }) {
+            self.coverage.count("seen: quarantine");
+        }
+        self.note(format_args!("the {role} ({policy}) is gone: {failed:?}"));
+    }
+
+    /// Filter hosts whose time has come are started again; whether one was.
+    fn start_due(&mut self) -> bool {
+        let mut busy = false;
+        for at in 0..self.processes.len() {
+            if self.processes[at].up || !self.is_quiet(at) {
+                continue;
+            }
+            let process = &mut self.processes[at];
+            if !process.recovery.poll_start(self.now_ns) {
+                continue;
+            }
+            busy = true;
+            if process.failing_starts > 0 {
+                process.failing_starts -= 1;
+                let failed = process.recovery.handle_failure(self.now_ns, process.is_needed());
+                self.coverage.count("fault: failing start");
+                self.count_failure(at, failed);
+                continue;
+            }
+            process.recovery.handle_started();
+            process.up = true;
+            let (role, policy) = (process.role, process.on_failure);
+            for Place { engine, slot } in process.places.clone() {
+                let seat = &mut self.seats[engine];
+                seat.world.return_host(slot);
+                self.disks[seat.disk].return_filter(role, policy, self.now_ns);
+            }
+            self.coverage.count("seen: filter started again");
+            self.note(format_args!("the {} is back", role.name()));
+        }
+        busy
+    }
+
+    /// Whether all engines have said that nothing of a dead host can come late.
+    fn is_quiet(&self, at: usize) -> bool {
+        let mut places = self.processes[at].places.iter();
+        places.all(|Place { engine, slot }| self.seats[*engine].world.is_quiet(*slot))
     }
 
     /// Filter hosts that an engine wants killed are.
@@ -462,7 +639,11 @@ impl Simulation {
             self.note(format_args!("engine {engine} gives up the host of slot {slot}: {why}"));
             let place = Place { engine, slot };
             let whose = self.processes.iter().position(|process| process.places.contains(&place));
-            self.kill(whose.expect("a filter host at each slot"));
+            let whose = whose.expect("a filter host at each slot");
+            if self.processes[whose].up {
+                self.coverage.count("seen: filter given up");
+                self.kill(whose);
+            }
         }
     }
 
@@ -470,7 +651,7 @@ impl Simulation {
     fn stop_ring(&mut self, after: After) {
         let at = self.random.below(self.seats.len());
         let seat = &mut self.seats[at];
-        if seat.stopping.is_some() || seat.stopped {
+        if seat.stopping.is_some() {
             return;
         }
         let drain_ms = self.random.pick(&[0, 0, 5]);
@@ -487,11 +668,11 @@ impl Simulation {
         let Some((stopped, after)) = &seat.stopping else { return };
         let after = *after;
         // What is cancelled meanwhile fails.
-        self.disks[seat.disk].excuse(self.now_ns, Excuse::Any);
+        self.disks[seat.disk].excuse(self.now_ns, Excuse::Stop { ring: seat.ring });
         let Ok(queue) = stopped.try_recv() else { return };
         seat.stopping = None;
         let queue: Box<dyn Any> = queue.expect("the queue that it was given");
-        let queue = queue.downcast::<VirtQueue>().expect("a ring");
+        let queue = queue.downcast::<Spy>().expect("a ring");
         queue.finish();
         let disk = &mut self.disks[seat.disk];
         if after == After::Reset {
@@ -499,8 +680,8 @@ impl Simulation {
                 disk.forget(&request);
             }
         }
-        let queue = disk.rings[seat.ring].open(&self.devices[seat.disk]);
-        seat.world.start(Box::new(queue));
+        let queue = disk.rings[seat.ring].open(&mut seat.device);
+        seat.world.start(Box::new(Spy::new(queue, seat.notes.clone())));
         self.note(format_args!("the ring of engine {at} is started again"));
     }
 
@@ -509,10 +690,15 @@ impl Simulation {
     /// No more faults: what is broken is mended.
     fn calm_down(&mut self) {
         self.calm = true;
+        self.death_in = None;
         self.set_weather(Weather::FINE, u64::MAX);
-        for process in &mut self.processes {
-            process.doom = None;
-            process.hung = false;
+        for at in 0..self.processes.len() {
+            let process = &mut self.processes[at];
+            (process.doom, process.failing_starts, process.nonsense) = (None, 0, 0);
+            // Without a deadline nobody else would.
+            if process.hung && self.plan.deadline_ms == 0 {
+                self.kill(at);
+            }
         }
         self.note(format_args!("no more faults"));
     }
@@ -521,7 +707,7 @@ impl Simulation {
     fn finish(&mut self) {
         let until_ns = self.now_ns + PATIENCE_NS;
         for _ in 0..TURNS_MAX {
-            let mut busy = false;
+            let mut busy = self.start_due();
             for seat in 0..self.seats.len() {
                 busy |= self.turn(seat);
             }
@@ -556,7 +742,10 @@ impl Simulation {
         let media = media.flatten().filter_map(|medium| medium.next_due_ns());
         let engines = self.seats.iter().filter_map(|seat| seat.world.wakes_in_ns());
         let engines = engines.map(|ns| self.now_ns + ns.max(1));
-        media.chain(engines).min()
+        let starts = (0..self.processes.len())
+            .filter(|at| !self.processes[*at].up && self.is_quiet(*at))
+            .filter_map(|at| self.processes[at].recovery.start_at_ns());
+        media.chain(engines).chain(starts).min()
     }
 
     fn check_end(&mut self) {
@@ -570,15 +759,14 @@ impl Simulation {
             assert_eq!(self.seats[seat].world.in_flight(), 0, "engine {seat} has requests");
             self.seats[seat].world.assert_empty();
         }
-        let all_up = self.processes.iter().all(|process| process.up);
-        for process in self.processes.iter().filter(|process| process.up) {
-            assert!(process.is_empty(), "the {} was left with something", process.role.name());
+        for process in self.processes.iter().filter(|process| !process.hung) {
+            let (role, name) = (process.role, process.role.name());
+            assert!(process.up || !process.is_needed(), "the {name} never came back");
+            assert!(process.is_empty(), "the {name} was left with something: {role:?}");
         }
-        if all_up {
-            for at in 0..self.disks.len() {
-                let checked = self.disks[at].check_copy().unwrap_or_else(|wrong| panic!("{wrong}"));
-                self.coverage.add("checked: sectors of a copy", checked);
-            }
+        for at in 0..self.disks.len() {
+            let checked = self.disks[at].check_copy().unwrap_or_else(|wrong| panic!("{wrong}"));
+            self.coverage.add("checked: sectors of a copy", checked);
         }
         self.coverage.add("requests completed", self.completed);
         self.coverage.add("virtual ms", self.now_ns / MS);
@@ -601,7 +789,7 @@ impl Simulation {
 }
 
 /// Lets an engine serve a ring instead of the queue that it was made with.
-fn serve(world: &mut World, queue: VirtQueue) {
+fn serve(world: &mut World, queue: Spy) {
     let stopped = world.stop(0);
     while stopped.try_recv().is_err() {
         world.turn();

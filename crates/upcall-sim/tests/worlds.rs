@@ -1,7 +1,7 @@
 //! Simulated worlds, as many as fit into a minute of an unoptimised build. The long
 //! campaign is the program of this crate.
 
-use upcall_sim::{Campaign, run_world};
+use upcall_sim::{Campaign, Plant, Run, find_plant, run_world};
 
 /// How many worlds: UPCALL_SIM_SEEDS, or 300.
 fn seeds() -> u64 {
@@ -14,7 +14,8 @@ fn seeds() -> u64 {
 #[test]
 fn whatever_dies_fails_or_is_slow_data_is_right_and_every_request_ends_once() {
     if let Ok(seed) = std::env::var("UPCALL_SEED") {
-        let outcome = run_world(seed.parse().expect("UPCALL_SEED is a number"), None, true);
+        let number = seed.parse().expect("UPCALL_SEED is a number");
+        let outcome = run_world(number, Run { prints: true, ..Run::default() });
         assert!(outcome.wrong.is_none(), "seed {seed}: {}", outcome.wrong.unwrap_or_default());
         return;
     }
@@ -26,8 +27,18 @@ fn whatever_dies_fails_or_is_slow_data_is_right_and_every_request_ends_once() {
 #[test]
 fn a_seed_does_the_same_whenever_it_is_run() {
     for seed in 1..10 {
-        let [first, second] = [(); 2].map(|()| run_world(seed, None, false));
+        let [first, second] = [(); 2].map(|()| run_world(seed, Run::default()));
         assert_eq!(first.digest, second.digest, "seed {seed}");
         assert!(first.digest.0 > 100, "and it does something");
+    }
+}
+
+#[test]
+fn the_bugs_of_others_planted_again_are_seen() {
+    for plant in Plant::all() {
+        let name = plant.name();
+        let found = find_plant(plant, 0, 400);
+        let (seed, wrong) = found.unwrap_or_else(|| panic!("{name}: nobody noticed"));
+        println!("{name}: seed {seed}: {}", wrong.lines().next().unwrap_or_default());
     }
 }
