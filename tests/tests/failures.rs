@@ -105,6 +105,37 @@ fn a_disk_whose_flush_failed_stays_failed_for_writes_and_says_so() {
 }
 
 #[test]
+fn a_flush_that_failed_stays_failed_although_the_worker_dies() {
+    let scratch = Scratch::new();
+    let Some(full) = FullDevice::new(&scratch) else { return };
+    let socket = scratch.text("d.sock");
+    let disk = format!("name=root,file={},socket={socket},direct=off", full.device.display());
+    let server = Server::start(&scratch, &["--restart", "--disk", &disk]);
+    let mut driver = Driver::usual(socket.as_ref(), 1);
+    for index in 0..16 {
+        driver.write(0, index << 18, &[9; 256 << 10]);
+    }
+    assert_eq!(driver.run(0, Io::Flush), Outcome::IoError);
+    drop(driver);
+    for deaths in 1..3 {
+        kill_process(Pid::from_raw(server.children()[0]).unwrap(), Signal::KILL).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while server.stderr().matches("nobody served").count() < deaths {
+            assert!(Instant::now() < deadline, "{}", server.stderr());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // The kernel would say by now that all is well.
+        let mut driver = Driver::usual(socket.as_ref(), 1);
+        assert_eq!(driver.run(0, Io::Flush), Outcome::IoError, "after {deaths} deaths");
+        assert_eq!(driver.run(0, Io::Write { offset: 0, length: 512 }), Outcome::IoError);
+        assert_eq!(driver.run(0, Io::Read { offset: 0, length: 512 }), Outcome::Ok);
+    }
+    assert!(server.stderr().contains("still refuses writes"), "{}", server.stderr());
+    server.terminate();
+    drop(full);
+}
+
+#[test]
 fn without_a_write_cache_a_write_that_is_not_durable_is_an_error() {
     let scratch = Scratch::new();
     let Some(full) = FullDevice::new(&scratch) else { return };

@@ -209,6 +209,23 @@ fn the_end_of_a_worker_in_order_is_the_programs_end() {
 }
 
 #[test]
+fn a_ctrl_c_that_reaches_all_of_the_group_ends_in_order_too() {
+    let scratch = Scratch::new();
+    let (image, socket) = (scratch.image("disk.img", BYTES), scratch.join("d.sock"));
+    let mut command = Command::new(upcall_program());
+    command.args(["serve", "--restart", "--disk"]);
+    command.arg(format!("name=root,file={},socket={}", image.display(), socket.display()));
+    command.process_group(0);
+    let server = Server::spawn(&scratch, command);
+    Driver::usual(&socket, 1).write(0, 0, &[3; 512]);
+    rustix::process::kill_process_group(server.pid(), Signal::INT).unwrap();
+    let ended = server.wait();
+    ended.expect_success();
+    // A second signal would have ended the worker at once.
+    assert!(ended.stderr.contains("ending in order"), "{}", ended.stderr);
+}
+
+#[test]
 fn a_configuration_that_cannot_be_served_ends_the_program_at_once() {
     let scratch = Scratch::new();
     let socket = scratch.text("d.sock");

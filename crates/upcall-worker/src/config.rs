@@ -1,6 +1,7 @@
 //! What a worker shall serve, in plain types. Where they come from (flags, a file) is
 //! decided elsewhere; what is wrong with them is said by [`Worker::start`](crate::Worker).
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +27,20 @@ pub struct WorkerConfig {
     /// on the path of a request.
     pub log: LogSink,
 }
+
+/// Stores that have failed for good: a flush that failed stays failed until an operator serves
+/// the disk anew, also when the worker is another one by then.
+#[derive(Clone, Default)]
+pub struct StoreFailures {
+    /// Those known from workers before this one, by disk: what was said.
+    pub known: HashMap<String, String>,
+    /// Told of the others (disk, what is said) before their guests are. From any thread; must
+    /// not block.
+    pub report: Option<ReportFailure>,
+}
+
+/// Gets a disk's name and what is said of its store.
+pub type ReportFailure = Arc<dyn Fn(&str, &str) + Send + Sync>;
 
 /// Where a worker's messages go.
 pub type LogSink = Arc<dyn Fn(LogLevel, &str) + Send + Sync>;

@@ -21,8 +21,8 @@ mod worker;
 
 pub use config::{
     DiskConfig, Engine, FrontendConfig, ImageFormat, ImageOptions, Layer, LogLevel, LogSink,
-    NbdAddress, NbdConfig, NbdTls, Placement, SlotConfig, SocketSource, StoreConfig, TlsFiles,
-    WorkerConfig,
+    NbdAddress, NbdConfig, NbdTls, Placement, ReportFailure, SlotConfig, SocketSource, StoreConfig,
+    StoreFailures, TlsFiles, WorkerConfig,
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;

@@ -11,7 +11,7 @@ use upcall_block::{DiskInfo, RequestQueue, Store};
 use upcall_nbd::Server;
 use upcall_stats::Page;
 
-use crate::config::{LogLevel, LogSink, WorkerConfig};
+use crate::config::{LogLevel, LogSink, StoreFailures, WorkerConfig};
 use crate::engine::Command;
 use crate::error::StartError;
 use crate::frontend::Frontend;
@@ -105,7 +105,15 @@ impl Worker {
     /// socket, no process, no page; files that a filter's parameters name are opened (and
     /// created) only after everything that can be checked without them is right.
     pub fn start(config: WorkerConfig) -> Result<Worker, StartError> {
-        crate::start::start(config)
+        crate::start::start(config, &StoreFailures::default())
+    }
+
+    /// As [`start`](Self::start), after workers that may have seen stores fail.
+    pub fn start_after(
+        config: WorkerConfig,
+        failures: &StoreFailures,
+    ) -> Result<Worker, StartError> {
+        crate::start::start(config, failures)
     }
 
     /// What is served.

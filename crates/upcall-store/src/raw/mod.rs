@@ -71,8 +71,11 @@ pub struct RawOptions {
     /// Refuse an image that somebody else uses (QEMU's image locks are understood), and keep
     /// others out while it is open. Off: nothing protects the image from a second writer.
     pub lock: bool,
-    /// Told when the store fails for good.
+    /// Told when the store fails for good, before anybody else learns of it.
     pub on_failure: Option<OnFailure>,
+    /// It has failed for good already, under whoever served it before: what was said then. The
+    /// kernel tells of a lost write only once, so opening an image anew would hide it.
+    pub failed: Option<String>,
 }
 
 impl RawOptions {
@@ -85,6 +88,7 @@ impl RawOptions {
             engine: Engine::Auto,
             lock: true,
             on_failure: None,
+            failed: None,
         }
     }
 
@@ -147,7 +151,11 @@ impl RawStore {
                 return Err(OpenError::Busy { name, holder, read_only: options.read_only });
             }
         }
-        Ok(Shared::new(file, target, name, options.on_failure.clone()))
+        let mut shared = Shared::new(file, target, name, options.on_failure.clone());
+        if let Some(failed) = &options.failed {
+            shared.begin_failed(failed.clone());
+        }
+        Ok(shared)
     }
 
     fn assemble(shared: Shared, options: RawOptions) -> Result<RawStore, OpenError> {

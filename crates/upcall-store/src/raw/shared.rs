@@ -107,6 +107,12 @@ impl Shared {
         self.zeroes.get_or_init(|| AlignedMemory::new(ZEROES_LENGTH, 4096)).bytes()
     }
 
+    /// A flush has failed already, before it was opened.
+    pub fn begin_failed(&mut self, failure: String) {
+        self.failure = failure.into();
+        self.has_failed = true.into();
+    }
+
     /// Whether a flush has failed.
     pub fn has_failed(&self) -> bool {
         self.has_failed.load(Ordering::Acquire)
@@ -160,9 +166,10 @@ impl Shared {
         );
         // Once: only `sync` comes here, one at a time and never again after this.
         let text = self.failure.get_or_init(|| text);
-        self.has_failed.store(true, Ordering::Release);
+        // Before a guest can see it: if we die in between, who comes after us knows it.
         if let Some(on_failure) = &self.on_failure {
             on_failure(text);
         }
+        self.has_failed.store(true, Ordering::Release);
     }
 }

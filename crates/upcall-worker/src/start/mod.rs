@@ -18,7 +18,8 @@ use upcall_store::{ImageStore, MemoryStore, NullStore, RawOptions, RawStore};
 use upcall_vhost::{BlkConfig, BlkOptions, Listener};
 
 use crate::config::{
-    DiskConfig, FrontendConfig, LogLevel, LogSink, SocketSource, StoreConfig, WorkerConfig,
+    DiskConfig, FrontendConfig, LogLevel, LogSink, SocketSource, StoreConfig, StoreFailures,
+    WorkerConfig,
 };
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, Supervisor, SupervisorOrders};
@@ -64,10 +65,11 @@ struct StartingDisk {
 }
 
 /// See [`Worker::start`].
-pub(crate) fn start(config: WorkerConfig) -> Result<Worker, StartError> {
+pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Worker, StartError> {
     let WorkerConfig { mut disks, stats, drain_ms, recovery, log } = config;
     check_names(&disks)?;
-    let stores = disks.iter().map(|disk| open_store(disk, &log)).collect::<Result<Vec<_>, _>>()?;
+    let stores =
+        disks.iter().map(|disk| open_store(disk, &log, failures)).collect::<Result<Vec<_>, _>>()?;
     let nbd_servers = nbd::listen(&mut disks)?;
     let mut hosts: Vec<Starting> = Vec::new();
     let mut starting: Vec<StartingDisk> = Vec::new();
@@ -201,7 +203,11 @@ fn check_names(disks: &[DiskConfig]) -> Result<(), StartError> {
     Ok(())
 }
 
-fn open_store(disk: &DiskConfig, log: &LogSink) -> Result<Arc<dyn Store>, StartError> {
+fn open_store(
+    disk: &DiskConfig,
+    log: &LogSink,
+    failures: &StoreFailures,
+) -> Result<Arc<dyn Store>, StartError> {
     let failed = |source| StartError::Store { disk: disk.name.clone(), source };
     Ok(match &disk.store {
         StoreConfig::Raw { path, direct, engine } => {
@@ -210,8 +216,16 @@ fn open_store(disk: &DiskConfig, log: &LogSink) -> Result<Arc<dyn Store>, StartE
             options.read_only = disk.read_only;
             options.direct = *direct;
             options.engine = *engine;
+            options.failed = failures.known.get(&name).cloned();
+            if let Some(text) = &options.failed {
+                log(LogLevel::Error, &format!("disk {name}: still refuses writes: {text}"));
+            }
+            let report = failures.report.clone();
             options.on_failure = Some(Arc::new(move |text: &str| {
-                log(LogLevel::Error, &format!("disk {name}: {text}"))
+                if let Some(report) = &report {
+                    report(&name, text);
+                }
+                log(LogLevel::Error, &format!("disk {name}: {text}"));
             }));
             Arc::new(RawStore::open(options).map_err(failed)?)
         }

@@ -8,6 +8,7 @@
 //! Always true: packets are whole or are not there; the supervisor never waits for a worker to
 //! read (what does not fit is an error); a worker that gets half of its orders does not start.
 
+use std::collections::HashMap;
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -34,6 +35,9 @@ mod kind {
     pub const SOCKETS: u8 = b's';
     /// Down: the configuration file, in a descriptor.
     pub const CONFIG: u8 = b'c';
+    /// Down: the store of a disk has failed for good under an earlier worker. Up: it has just
+    /// failed. The disk's name, a line's end, and what was said.
+    pub const FAILED: u8 = b'f';
     /// Down: that was all.
     pub const BEGIN: u8 = b'b';
     /// Up: a piece of what is served, as text.
@@ -49,6 +53,8 @@ pub struct Orders {
     pub sockets: Vec<(usize, OwnedFd)>,
     /// The configuration file, as it was when the supervisor started.
     pub config: Option<String>,
+    /// Disks whose stores failed for good under an earlier worker, and what was said.
+    pub failed: HashMap<String, String>,
 }
 
 // ------------------------------------------------------------------ the supervisor's side
@@ -63,6 +69,8 @@ pub enum Said {
     /// A piece of what is served; it may end inside a character.
     Text(Vec<u8>),
     Serving,
+    /// A disk's store has failed for good: its name, and what is said.
+    Failed(String, String),
     /// Nothing now.
     Nothing,
 }
@@ -84,6 +92,7 @@ impl ToWorker {
         &self,
         sockets: &[(usize, BorrowedFd<'_>)],
         config: Option<&str>,
+        failed: &HashMap<String, String>,
     ) -> io::Result<()> {
         let now = SendFlags::DONTWAIT;
         for some in sockets.chunks(DESCRIPTORS_MAX) {
@@ -94,6 +103,9 @@ impl ToWorker {
         if let Some(text) = config {
             send(self.0.as_fd(), kind::CONFIG, b"", &[in_memory(text)?.as_fd()], now)?;
         }
+        for (disk, text) in failed {
+            send(self.0.as_fd(), kind::FAILED, &failure_bytes(disk, text), &[], now)?;
+        }
         send(self.0.as_fd(), kind::BEGIN, b"", &[], now)
     }
 
@@ -103,6 +115,10 @@ impl ToWorker {
         match receive(self.0.as_fd(), RecvFlags::DONTWAIT) {
             Ok(Some((kind::TEXT, text, _))) => Said::Text(text),
             Ok(Some((kind::SERVING, ..))) => Said::Serving,
+            Ok(Some((kind::FAILED, bytes, _))) => match failure_of(&bytes) {
+                Some((disk, text)) => Said::Failed(disk, text),
+                None => Said::Nothing,
+            },
             _ => Said::Nothing,
         }
     }
@@ -131,7 +147,7 @@ fn in_memory(text: &str) -> io::Result<OwnedFd> {
 // ---------------------------------------------------------------------- the worker's side
 
 /// The worker's end: its standard input.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct ToSupervisor(());
 
 /// Takes what the supervisor hands down, and makes this process end in order (by SIGTERM) when
@@ -185,6 +201,10 @@ fn receive_orders(socket: BorrowedFd<'_>) -> io::Result<Orders> {
                 }
                 orders.config = Some(text);
             }
+            (kind::FAILED, 0) => {
+                let failure = failure_of(&bytes).ok_or_else(|| io::Error::other("no failure"))?;
+                orders.failed.extend([failure]);
+            }
             (kind::BEGIN, 0) => return Ok(orders),
             _ => return Err(io::Error::other("unknown orders")),
         }
@@ -192,8 +212,14 @@ fn receive_orders(socket: BorrowedFd<'_>) -> io::Result<Orders> {
 }
 
 impl ToSupervisor {
+    /// Says that a disk's store has failed for good. Does not block.
+    pub fn say_failed(self, disk: &str, text: &str) {
+        let (stdin, now) = (io::stdin(), SendFlags::DONTWAIT);
+        let _ = send(stdin.as_fd(), kind::FAILED, &failure_bytes(disk, text), &[], now);
+    }
+
     /// Says what is served, and that it is. Nobody to hear it is no failure of the disks.
-    pub fn say_serving(&self, text: &str) {
+    pub fn say_serving(self, text: &str) {
         let stdin = io::stdin();
         for piece in text.as_bytes().chunks(PACKET_MAX - 1) {
             let _ = send(stdin.as_fd(), kind::TEXT, piece, &[], SendFlags::empty());
@@ -203,6 +229,18 @@ impl ToSupervisor {
 }
 
 // ---------------------------------------------------------------------------- the packets
+
+fn failure_bytes(disk: &str, text: &str) -> Vec<u8> {
+    let mut bytes = format!("{disk}\n{text}").into_bytes();
+    bytes.truncate(PACKET_MAX - 1);
+    bytes
+}
+
+fn failure_of(bytes: &[u8]) -> Option<(String, String)> {
+    let text = String::from_utf8_lossy(bytes);
+    let (disk, text) = text.split_once('\n')?;
+    Some((disk.to_owned(), text.to_owned()))
+}
 
 fn send(
     socket: BorrowedFd<'_>,
@@ -266,8 +304,10 @@ mod tests {
         let files: Vec<OwnedFd> = (0..300).map(|n| in_memory(&n.to_string()).unwrap()).collect();
         let sockets: Vec<_> = files.iter().enumerate().map(|(n, fd)| (n * 2, fd.as_fd())).collect();
         let config = "x".repeat(1 << 20);
-        ours.hand_down(&sockets, Some(&config)).unwrap();
+        let failed = HashMap::from([("a".to_owned(), "lost:\nall".to_owned())]);
+        ours.hand_down(&sockets, Some(&config), &failed).unwrap();
         let orders = receive_orders(theirs.as_fd()).unwrap();
+        assert_eq!(orders.failed, failed);
         assert_eq!(orders.config, Some(config));
         assert_eq!(orders.sockets.len(), 300);
         for (number, (place, fd)) in orders.sockets.into_iter().enumerate() {
@@ -297,8 +337,11 @@ mod tests {
         assert_eq!(ours.hear(), Said::Nothing);
         send(theirs.as_fd(), kind::TEXT, b"disk root: ", &[], SendFlags::empty()).unwrap();
         send(theirs.as_fd(), kind::SERVING, b"", &[], SendFlags::empty()).unwrap();
+        let failure = failure_bytes("root", "x");
+        send(theirs.as_fd(), kind::FAILED, &failure, &[], SendFlags::empty()).unwrap();
         assert_eq!(ours.hear(), Said::Text(b"disk root: ".into()));
         assert_eq!(ours.hear(), Said::Serving);
+        assert_eq!(ours.hear(), Said::Failed("root".into(), "x".into()));
         drop(theirs);
         assert_eq!(ours.hear(), Said::Nothing);
     }

@@ -21,9 +21,12 @@ pub use stats::runtime_folder;
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::process::Pid;
-use upcall_worker::{LogLevel, RecoveryPolicy, SocketSource, Wake, Worker, WorkerConfig};
+use upcall_worker::{
+    LogLevel, RecoveryPolicy, SocketSource, StoreFailures, Wake, Worker, WorkerConfig,
+};
 
 use self::handover::{Orders, ToSupervisor};
 use self::plan::{Plan, Socket};
@@ -71,6 +74,7 @@ fn serve(
     hangup: &Hangup,
     supervised: Option<(Orders, ToSupervisor)>,
 ) -> Result<(), Failure> {
+    let mut failures = StoreFailures::default();
     let (plan, stats, supervisor) = match supervised {
         None => {
             let disks = disks(&args, read_config(&args)?.as_deref())?;
@@ -91,6 +95,8 @@ fn serve(
             let plan = plan::make(disks, sockets)?;
             let owner = rustix::process::getppid().unwrap_or(Pid::INIT);
             let stats = place_stats(&args, &plan, owner)?;
+            failures.known = orders.failed;
+            failures.report = Some(Arc::new(move |disk, text| supervisor.say_failed(disk, text)));
             (plan, stats, Some(supervisor))
         }
     };
@@ -102,7 +108,7 @@ fn serve(
         recovery: RecoveryPolicy::default(),
         log: log.clone(),
     };
-    let worker = Worker::start(config).map_err(Failure::new)?;
+    let worker = Worker::start_after(config, &failures).map_err(Failure::new)?;
     let mut offer = offer::describe(&worker.disks(), &plan.places, &stats);
     offer.push_str("ready\n");
     match supervisor {

@@ -12,6 +12,7 @@
 
 mod policy;
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -78,6 +79,7 @@ pub fn run(
         log: log::sink(args.log_level),
         policy: Policy::new(args.restart_pause_ms),
         has_served: false,
+        failed: HashMap::new(),
     };
     supervisor.run()
 }
@@ -107,6 +109,9 @@ struct Supervisor<'a> {
     policy: Policy,
     /// A worker has served, and `ready` was said.
     has_served: bool,
+    /// Disks whose stores failed for good, whichever worker saw it, and what was said. The next
+    /// worker could not find it out: the kernel says it once.
+    failed: HashMap<String, String>,
 }
 
 /// A worker process.
@@ -130,7 +135,7 @@ impl Supervisor<'_> {
         // Since when nobody serves.
         let mut dead_since = None;
         loop {
-            let (how, served) = match Worker::start(&self.listeners, self.config.as_deref()) {
+            let (how, served) = match Worker::start(&self) {
                 Ok(mut worker) => {
                     let (status, asked) = self.watch(&mut worker, dead_since)?;
                     if worker.serving_since.is_some() || dead_since.is_none() {
@@ -180,7 +185,8 @@ impl Supervisor<'_> {
             }
             wait(&mut fds, None)?;
             let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-            if ready[1] {
+            if ready[0] || ready[1] {
+                // Also what it said last.
                 self.listen_to(worker, dead_since);
             }
             if ready[0] {
@@ -202,6 +208,7 @@ impl Supervisor<'_> {
         loop {
             match worker.socket.hear() {
                 Said::Nothing => return,
+                Said::Failed(disk, text) => drop(self.failed.insert(disk, text)),
                 Said::Text(piece) => worker.text.extend(piece),
                 Said::Serving => {
                     worker.serving_since = Some(Instant::now());
@@ -309,7 +316,7 @@ impl Supervisor<'_> {
 }
 
 impl Worker {
-    fn start(listeners: &[(usize, Listener)], config: Option<&str>) -> io::Result<Worker> {
+    fn start(supervisor: &Supervisor<'_>) -> io::Result<Worker> {
         let (socket, theirs) = handover::pair()?;
         let mut arguments = std::env::args_os();
         let program = arguments.next().unwrap_or_else(|| "upcall".into());
@@ -332,9 +339,10 @@ impl Worker {
             let _ = child.kill();
             let _ = child.wait();
         })?;
+        let Supervisor { listeners, config, failed, .. } = supervisor;
         let sockets: Vec<_> = listeners.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
         // If it cannot be told, it ends, and that is what is heard of it.
-        let _ = socket.hand_down(&sockets, config);
+        let _ = socket.hand_down(&sockets, config.as_deref(), failed);
         Ok(Worker { child, pidfd, socket, text: Vec::new(), serving_since: None })
     }
 
