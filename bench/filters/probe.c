@@ -6,7 +6,7 @@
  *
  *     pass      at once
  *     watch     pass, and see the completion
- *     hold      later, from a thread of its own that polls for what is held
+ *     hold      later, from a thread of its own that polls for what is held while there is work
  *     blocking  later, from one of the framework's threads, which sleep
  */
 #define _GNU_SOURCE
@@ -17,6 +17,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <upcall/filter.h>
 
@@ -62,13 +63,22 @@ static int32_t probe_load(const struct upcall_services *services) {
     return 0;
 }
 
+/* Looks in vain after which the answering thread takes itself to be idle, about 1 ms. */
+#define LOOKS_MAX 3000u
+
 static void *answer_held(void *arg) {
     struct probe *p = arg;
+    uint32_t looks = 0;
     while (!atomic_load_explicit(&p->ending, memory_order_relaxed)) {
         if (p->taken == atomic_load_explicit(&p->put, memory_order_acquire)) {
-            sched_yield();
+            /* Others are measured on this core meanwhile: it is theirs. */
+            if (++looks < LOOKS_MAX)
+                sched_yield();
+            else
+                usleep(10000);
             continue;
         }
+        looks = 0;
         struct upcall_request *req =
             atomic_load_explicit(&p->held[p->taken++ % HELD_MAX], memory_order_relaxed);
         up->answer(req, UPCALL_PASS, 0);
