@@ -145,6 +145,7 @@ pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
         queues: 1,
         frontend: None,
         nbd: None,
+        state: None,
         chain: chain.iter().enumerate().map(slot).collect(),
     };
     let recovery = RecoveryPolicy::default();

@@ -15,7 +15,7 @@
 //! | ISSUE_ARENA | worker | u64 size | the issue arena | RESULT |
 //! | CHANNEL | worker | `id` = channel number, counting from 0; `value` = disk whose queue it serves | ring memfd, doorbell of the filter host, doorbell of the worker | RESULT |
 //! | LOAD | worker | – | – | RESULT of the filter's `load` |
-//! | OPEN | worker | [`Open`], its disks, its parameters; `id` = instance | counters memfd, then files of parameters | RESULT of the filter's `open` |
+//! | OPEN | worker | [`Open`], its disks, its parameters; `id` = instance | counters memfd, the sidecar if there is one, then files of parameters | RESULT of the filter's `open` |
 //! | START | worker | – | – | RESULT; from then on the channels are served |
 //! | EVENT | worker | u32 event; `id` = instance | – | RESULT of the filter's `event` |
 //! | CLOSE | worker | `id` = instance | – | RESULT, when `close` has returned |
@@ -96,8 +96,8 @@ pub struct Open {
     pub disks: u32,
     /// How many parameters follow them.
     pub parameters: u32,
-    /// 0.
-    pub reserved: u32,
+    /// 1 if the second descriptor is the instance's sidecar, else 0.
+    pub sidecar: u32,
 }
 
 /// OPEN: one disk.

@@ -5,7 +5,7 @@ pub const ABI_VERSION: u32 = ABI_MAJOR << 16 | ABI_MINOR;
 /// A filter with another major version is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// A filter with a newer minor version is refused.
-pub const ABI_MINOR: u32 = 0;
+pub const ABI_MINOR: u32 = 1;
 
 /// Operations, `UPCALL_READ` and so on.
 pub mod op {
@@ -49,8 +49,12 @@ pub mod request_flag {
 pub mod filter_flag {
     /// It issues requests of its own.
     pub const ISSUES: u32 = 1;
+    /// It keeps a state of its own.
+    pub const SIDECAR: u32 = 2;
 }
 
+/// Most bytes of a sidecar's state.
+pub const SIDECAR_MAX: usize = 64 << 10;
 /// Most bytes of a request without data (discard, write zeroes).
 pub const LENGTH_MAX: u32 = 0x7fff_fe00;
 /// Most bytes of a request with data (read, write).

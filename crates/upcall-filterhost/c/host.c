@@ -29,6 +29,9 @@ static const struct upcall_services services = {
     .counter = uh_counter,
     .counter_add = uh_counter_add,
     .log = uh_log,
+    .sidecar_read = uh_sidecar_read,
+    .sidecar_write = uh_sidecar_write,
+    .sidecar_sync = uh_sidecar_sync,
 };
 
 struct upcall_host *upcall_host_new(int control_fd, int filter_fd, const char *filter_path,

@@ -5,7 +5,7 @@
  *   control.c   takes messages off the control socket, and calls
  *   library.c   loads the filter and checks its table;  describe.c says what it is
  *   memory.c    maps what the worker sends: arenas, channels, counters
- *   instance.c  opens and closes instances;  params.c, counters.c are part of these
+ *   instance.c  opens and closes instances;  params.c, counters.c, sidecar.c are part of these
  *   channel.c   the two rings, and the thread that serves them, which calls
  *   request.c   one delivery: callback, verdict, hold, answer()
  *   issue.c     requests of the filter's own;  buffers.c the memory for their data
@@ -144,6 +144,22 @@ struct uh_parameter {
     int fd;
 };
 
+/* An instance's own durable state; see sidecar.c. */
+struct uh_sidecar {
+    pthread_mutex_t syncing; /* one sync at a time; taken before `lock` */
+    pthread_mutex_t lock;    /* the state in memory */
+    int fd;                  /* -1: the instance has none */
+    int error;               /* what reading says until something is written */
+    unsigned char *state;    /* WIRE_SIDECAR_MAX bytes */
+    uint32_t length;
+    uint64_t changes;        /* writes so far; */
+    uint64_t synced;         /* and as of the last good sync */
+    /* With `syncing`: */
+    unsigned char *slot;     /* a slot as it is written */
+    uint64_t sequence;       /* the last that was tried */
+    uint32_t newest;         /* the slot that is known to be good */
+};
+
 /* CLOSING: as OPEN, but nothing new may be issued. CLOSED: no callback any more. */
 enum uh_instance_state { UH_INSTANCE_NONE, UH_INSTANCE_OPENING, UH_INSTANCE_OPEN,
                          UH_INSTANCE_CLOSING, UH_INSTANCE_CLOSED };
@@ -172,6 +188,8 @@ struct upcall_instance {
     uint16_t issued_free;
     uint32_t issued_count;
     _Atomic uint32_t next_channel;
+
+    struct uh_sidecar sidecar;
 
     uint32_t jobs; /* under the pool's lock */
 };
@@ -294,6 +312,15 @@ void uh_params_free(struct upcall_instance *inst);
 int64_t uh_param_int(struct upcall_instance *inst, const char *name);
 const char *uh_param_string(struct upcall_instance *inst, const char *name);
 int uh_param_fd(struct upcall_instance *inst, const char *name);
+
+/* sidecar.c */
+void uh_sidecar_init(struct upcall_instance *inst);
+int uh_sidecar_open(struct upcall_instance *inst, int fd); /* keeps @fd; -ENOMEM */
+void uh_sidecar_close(struct upcall_instance *inst);
+void uh_sidecar_free(struct upcall_instance *inst);
+int32_t uh_sidecar_read(struct upcall_instance *inst, void *buf, uint32_t size);
+int32_t uh_sidecar_write(struct upcall_instance *inst, const void *data, uint32_t length);
+int32_t uh_sidecar_sync(struct upcall_instance *inst);
 
 /* counters.c */
 int32_t uh_counter(struct upcall_instance *inst, const char *name);

@@ -39,7 +39,7 @@ int main(void) {
     FIELD(wire_open, arena);
     FIELD(wire_open, disks);
     FIELD(wire_open, parameters);
-    FIELD(wire_open, reserved);
+    FIELD(wire_open, sidecar);
     STRUCT(wire_disk);
     FIELD(wire_disk, capacity);
     FIELD(wire_disk, block_size);
@@ -104,6 +104,9 @@ int main(void) {
     FIELD(upcall_services, counter);
     FIELD(upcall_services, counter_add);
     FIELD(upcall_services, log);
+    FIELD(upcall_services, sidecar_read);
+    FIELD(upcall_services, sidecar_write);
+    FIELD(upcall_services, sidecar_sync);
     STRUCT(upcall_filter);
     FIELD(upcall_filter, size);
     FIELD(upcall_filter, abi_version);

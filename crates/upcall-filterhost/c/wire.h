@@ -108,7 +108,7 @@ struct wire_open {
     uint32_t arena;
     uint32_t disks;
     uint32_t parameters;
-    uint32_t reserved;
+    uint32_t sidecar;
 };
 
 struct wire_disk {
@@ -131,6 +131,13 @@ struct wire_counter {
     uint64_t value;
     uint64_t reserved;
 };
+
+/* The sidecar's file: two slots, each a header and a state. See upcall-state. */
+#define WIRE_SIDECAR_MAX 65536u
+#define WIRE_SIDECAR_HEADER 64u
+#define WIRE_SIDECAR_SLOT 131072u /* where slot 1 begins */
+#define WIRE_SIDECAR_MAGIC "UPCALLSC"
+#define WIRE_SIDECAR_VERSION 1u
 
 /* Limits of requests, as upcall-abi's filter.rs has them. */
 #define WIRE_LENGTH_MAX 0x7ffffe00u

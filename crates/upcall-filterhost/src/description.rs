@@ -72,6 +72,11 @@ impl Description {
         CLASSES.get(self.class as usize - 1).copied().unwrap_or("unknown")
     }
 
+    /// Whether it keeps a state of its own: a sidecar for each instance.
+    pub fn wants_sidecar(&self) -> bool {
+        self.flags & filter_flag::SIDECAR != 0
+    }
+
     /// Whether it issues requests of its own.
     pub fn issues(&self) -> bool {
         self.flags & filter_flag::ISSUES != 0
@@ -162,7 +167,7 @@ impl Raw {
         if !(1..=CLASSES.len() as u32).contains(&self.class) {
             return Err(format!("there is no class {}", self.class));
         }
-        if self.flags & !filter_flag::ISSUES != 0 {
+        if self.flags & !(filter_flag::ISSUES | filter_flag::SIDECAR) != 0 {
             return Err(format!("unknown flags {:#x}", self.flags));
         }
         self.check_ops()?;
@@ -324,7 +329,7 @@ pub(crate) mod tests {
     fn each_wrong_field_is_refused_with_its_name() {
         for (field, value, says) in [
             ("wire", json!(2), "wire version 2"),
-            ("abi", json!(65537), "version 1.1"),
+            ("abi", json!(65538), "version 1.2"),
             ("abi", json!(2 << 16), "version 2.0"),
             ("width", json!(32), "32 bits in a file of 64"),
             ("name", json!(""), "name"),
@@ -334,7 +339,7 @@ pub(crate) mod tests {
             ("class", json!(0), "class 0"),
             ("class", json!(9), "class 9"),
             ("class", json!(-1), "not a description"),
-            ("flags", json!(2), "flags 0x2"),
+            ("flags", json!(4), "flags 0x4"),
             ("ops", json!(0), "`ops` is empty"),
             ("ops", json!(64), "`ops`"),
             ("ops", json!(7), "`ops`"),

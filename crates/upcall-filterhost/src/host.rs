@@ -84,6 +84,10 @@ pub struct OpenInstance<'a> {
     pub params: &'a ResolvedParams,
     /// Where it shall count.
     pub counters: &'a Counters,
+    /// Where its state is kept, for a filter that [wants one](Description::wants_sidecar): a
+    /// file as `upcall-state` makes it, open for reading and writing. The same file after a
+    /// restart, once the host before is gone.
+    pub sidecar: Option<BorrowedFd<'a>>,
 }
 
 /// A filter host: the process (or, inline, the threads) that runs one filter for this worker.
@@ -276,9 +280,11 @@ impl HostProcess {
     /// Opens an instance: calls the filter's `open`.
     pub fn open(&mut self, open: &OpenInstance<'_>) -> Result<(), FilterError> {
         let mut fds = vec![open.counters.as_fd()];
+        fds.extend(open.sidecar);
+        let files_max = DESCRIPTORS_MAX - fds.len();
         let payload = open_payload(open, &mut fds);
         if fds.len() > DESCRIPTORS_MAX {
-            return Err(self.too_large(format!("at most {} files", DESCRIPTORS_MAX - 1)));
+            return Err(self.too_large(format!("at most {files_max} files")));
         }
         match payload {
             Some(payload) if payload.len() <= MESSAGE_MAX - HEADER_SIZE => {
@@ -558,8 +564,12 @@ fn open_payload<'a>(open: &OpenInstance<'a>, fds: &mut Vec<BorrowedFd<'a>>) -> O
     let words =
         |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
     let files_from = fds.len();
-    let mut payload =
-        words(&[open.arena, open.disks.len() as u32, open.params.iter().len() as u32, 0]);
+    let mut payload = words(&[
+        open.arena,
+        open.disks.len() as u32,
+        open.params.iter().len() as u32,
+        open.sidecar.is_some().into(),
+    ]);
     for disk in open.disks {
         payload.extend(disk.capacity.to_le_bytes());
         payload.extend(words(&[disk.block_size, disk.read_only]));

@@ -66,7 +66,7 @@ fn the_types_of_the_wire_have_one_layout() {
         compare!(c, "wire_completion", Completion: seq, kind, code, flags, token, offset, length,
             status, data, cookie, instance, disk, reserved);
         compare!(c, "wire_header", Header: kind, version, id, value);
-        compare!(c, "wire_open", Open: arena, disks, parameters, reserved);
+        compare!(c, "wire_open", Open: arena, disks, parameters, sidecar);
         compare!(c, "wire_disk", Disk: capacity, block_size, read_only);
         // These have no Rust type; the numbers are those of upcall-abi's control.rs.
         assert_eq!(c["wire_arena"], (16, 8));
@@ -113,6 +113,9 @@ fn expected_numbers() -> Vec<(&'static str, u64)> {
         ("UPCALL_REQ_UNMAP", request_flag::UNMAP.into()),
         ("UPCALL_REQ_RETRY", request_flag::RETRY.into()),
         ("UPCALL_FILTER_ISSUES", filter_flag::ISSUES.into()),
+        ("UPCALL_FILTER_SIDECAR", filter_flag::SIDECAR.into()),
+        ("UPCALL_SIDECAR_MAX", filter::SIDECAR_MAX as u64),
+        ("WIRE_SIDECAR_MAX", filter::SIDECAR_MAX as u64),
         ("UPCALL_LOG_ERROR", 1),
         ("UPCALL_LOG_WARN", 2),
         ("UPCALL_LOG_INFO", 3),

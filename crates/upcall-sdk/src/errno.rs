@@ -21,6 +21,8 @@ impl Errno {
     pub const ENOSPC: Errno = Errno(libc::ENOSPC);
     /// Read-only.
     pub const EROFS: Errno = Errno(libc::EROFS);
+    /// Too long.
+    pub const E2BIG: Errno = Errno(libc::E2BIG);
     /// Not supported.
     pub const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
     /// The instance is closing or closed.

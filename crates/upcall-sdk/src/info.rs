@@ -51,6 +51,8 @@ pub struct Info {
     pub answers: OpSet,
     /// It issues requests of its own.
     pub issues: bool,
+    /// It keeps a state of its own; see [`Instance::sidecar`](crate::Instance::sidecar).
+    pub sidecar: bool,
 }
 
 impl Info {
@@ -66,6 +68,7 @@ impl Info {
         changes: OpSet::NONE,
         answers: OpSet::NONE,
         issues: false,
+        sidecar: false,
     };
 
     /// Fails the build of a filter that the framework would refuse.

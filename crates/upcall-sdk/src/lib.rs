@@ -77,6 +77,7 @@ mod issue;
 mod op;
 mod report;
 mod request;
+mod sidecar;
 #[doc(hidden)]
 pub mod sys;
 mod table;
@@ -94,6 +95,7 @@ pub use issue::{Buffer, Issue, Issued, Refused};
 pub use op::{Op, OpSet};
 pub use report::{Counter, Level};
 pub use request::{Completion, Held, HeldCompletion, Request, Verdict};
+pub use sidecar::Sidecar;
 #[doc(hidden)]
 pub use table::{Table, table};
 

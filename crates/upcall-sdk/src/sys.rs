@@ -9,7 +9,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
 
 pub const ABI_MAJOR: u32 = 1;
-pub const ABI_MINOR: u32 = 0;
+pub const ABI_MINOR: u32 = 1;
 pub const ABI_VERSION: u32 = ABI_MAJOR << 16 | ABI_MINOR;
 
 pub const PASS: u32 = 0;
@@ -37,6 +37,8 @@ pub const EVENT_STUN: u32 = 1;
 pub const EVENT_UNSTUN: u32 = 2;
 
 pub const FILTER_ISSUES: u32 = 1;
+pub const FILTER_SIDECAR: u32 = 2;
+pub const SIDECAR_MAX: usize = 65536;
 
 /// The header's `UPCALL_ALIGN8 uint64_t`: 8-aligned on 32 bits too, where a plain `u64`
 /// of a C struct is not.
@@ -151,6 +153,10 @@ pub struct Services {
     pub counter: unsafe extern "C" fn(inst: *mut Instance, name: *const c_char) -> i32,
     pub counter_add: unsafe extern "C" fn(inst: *mut Instance, counter: i32, delta: u64),
     pub log: unsafe extern "C" fn(inst: *mut Instance, level: u32, text: *const c_char),
+    pub sidecar_read: unsafe extern "C" fn(inst: *mut Instance, buf: *mut c_void, size: u32) -> i32,
+    pub sidecar_write:
+        unsafe extern "C" fn(inst: *mut Instance, data: *const c_void, length: u32) -> i32,
+    pub sidecar_sync: unsafe extern "C" fn(inst: *mut Instance) -> i32,
 }
 
 #[repr(C)]
@@ -225,12 +231,12 @@ layout! {
         size [0, 0], r#type [4, 4], name [8, 8], doc [16, 12], default_value [24, 16],
         choices [32, 20], min [40, 24], max [48, 32],
     }
-    "upcall_services" Services [136, 72] {
+    "upcall_services" Services [160, 84] {
         size [0, 0], abi_version [4, 4], answer [8, 8], issue [16, 12], buffer_alloc [24, 16],
         buffer_free [32, 20], disk [40, 24], param_int [48, 28], param_string [56, 32],
         param_fd [64, 36], timer_start [72, 40], timer_stop [80, 44], watch_start [88, 48],
         watch_stop [96, 52], run_blocking [104, 56], counter [112, 60], counter_add [120, 64],
-        log [128, 68],
+        log [128, 68], sidecar_read [136, 72], sidecar_write [144, 76], sidecar_sync [152, 80],
     }
     "upcall_filter" Filter [144, 88] {
         size [0, 0], abi_version [4, 4], name [8, 8], version [16, 12], vendor [24, 16],

@@ -47,6 +47,8 @@ fn assertions(width: usize) -> String {
         ("UPCALL_EVENT_STUN", sys::EVENT_STUN.into()),
         ("UPCALL_EVENT_UNSTUN", sys::EVENT_UNSTUN.into()),
         ("UPCALL_FILTER_ISSUES", sys::FILTER_ISSUES.into()),
+        ("UPCALL_FILTER_SIDECAR", sys::FILTER_SIDECAR.into()),
+        ("UPCALL_SIDECAR_MAX", sys::SIDECAR_MAX as u64),
         ("UPCALL_READ", upcall_sdk::Op::Read as u64),
         ("UPCALL_WRITE", upcall_sdk::Op::Write as u64),
         ("UPCALL_FLUSH", upcall_sdk::Op::Flush as u64),

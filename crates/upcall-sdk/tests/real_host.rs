@@ -70,6 +70,7 @@ impl Worker {
             disks: &[DISK, DISK],
             params: &params,
             counters: &counters,
+            sidecar: None,
         };
         host.open(&open).unwrap();
         host.serve().unwrap();

@@ -74,6 +74,10 @@ pub struct DiskConfig {
     pub frontend: Option<FrontendConfig>,
     /// Whether NBD clients are served. With a frontend, only if they cannot write.
     pub nbd: Option<NbdConfig>,
+    /// The folder where its filters' state is kept. None: `IMAGE.upcall` beside an image
+    /// file; in memory, lost at the end, for a disk that is lost then too; and no place at all
+    /// for a block device.
+    pub state: Option<PathBuf>,
     /// Its filters, in any order: class and number decide.
     pub chain: Vec<SlotConfig>,
 }

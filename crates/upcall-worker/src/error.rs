@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use upcall_chain::{ChainError, PolicyError};
 use upcall_filterhost::{FilterError, ParamError};
 use upcall_nbd::{ExportError, TlsError};
+use upcall_state::StateError;
 use upcall_store::OpenError;
 use upcall_vhost::{ConfigError, ListenError};
 
@@ -128,6 +129,25 @@ pub enum StartError {
         disk: String,
         /// Why.
         source: Box<ParamError>,
+    },
+    /// The folder for the state of the disk's filters cannot be used.
+    #[error("disk {disk}: the state of its filters: {source}")]
+    State {
+        /// Which disk.
+        disk: String,
+        /// Why.
+        source: StateError,
+    },
+    /// A filter keeps a state, and there is no place for it.
+    #[error(
+        "disk {disk}: filter {filter} keeps a state, and a block device has no folder for it: \
+         give the disk state=DIR"
+    )]
+    NoState {
+        /// Which disk.
+        disk: String,
+        /// Which filter.
+        filter: String,
     },
     /// The filters cannot stand together, or not above this store.
     #[error("disk {disk}: filter {filter}: {source}")]

@@ -69,6 +69,8 @@ pub(crate) struct GivenInstance {
     /// Where it is shown in the page of counters.
     pub(crate) hop: usize,
     pub(crate) on_failure: OnFailure,
+    /// Its state: one file for all lives, of which one at a time runs.
+    pub(crate) sidecar: Option<Arc<OwnedFd>>,
 }
 
 /// What a life that serves is reached and watched by.
@@ -190,6 +192,7 @@ impl Recipe {
                 disks: &given.disks,
                 params: &params,
                 counters: &counters,
+                sidecar: given.sidecar.as_ref().map(|file| file.as_fd()),
             })
             .map_err(|source| self.failed(&given.disk, source))?;
         Ok(counters)

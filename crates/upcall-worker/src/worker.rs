@@ -16,6 +16,7 @@ use crate::engine::Command;
 use crate::error::StartError;
 use crate::frontend::Frontend;
 use crate::hosts::{EngineHandle, Supervisor};
+use crate::start::StateFolder;
 
 /// A running worker: serves its disks until it is shut down. Dropping it instead ends it too,
 /// but filters are not closed, and nothing is said about the stores.
@@ -27,6 +28,8 @@ pub struct Worker {
     pub(crate) instances: Vec<Vec<u32>>,
     pub(crate) drain_ms: u64,
     pub(crate) log: LogSink,
+    /// The folders of the disks' filters, locked until the end.
+    pub(crate) _states: Vec<StateFolder>,
     /// Removed with the worker.
     pub(crate) _page: Arc<Page>,
 }

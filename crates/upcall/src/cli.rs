@@ -20,6 +20,8 @@ pub struct Cli {
 pub enum Command {
     Serve(ServeArgs),
     Top(TopArgs),
+    Sidecar(SidecarArgs),
+    Gaps(GapsArgs),
     /// Look at filters, check them, begin one of your own
     #[command(subcommand)]
     Filter(FilterCommand),
@@ -77,6 +79,8 @@ pub struct ServeArgs {
     /// engine=auto|io_uring|threads: how a file is read and written (default: auto).
     /// serial=TEXT: the disk's serial number, at most 20 bytes (default: its name).
     /// write-cache=on|off: off makes each write durable before it completes (default: on).
+    /// state=DIR: where its filters keep their state (default: PATH.upcall beside a file; in
+    /// memory for memory and null).
     ///
     /// nbd=unix:PATH|HOST:PORT|fd:N: serve it to NBD clients there. Without socket= and fd=,
     /// only to them. Disks with the same address are exports of one server.
@@ -175,6 +179,46 @@ pub struct TopArgs {
     /// Seconds between two looks
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     pub interval: Duration,
+
+    /// Print JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Show what the filters of a disk keep for themselves
+///
+/// Each filter that wants one has a sidecar: a small durable state of its own that travels with
+/// the disk, in a folder IMAGE.upcall beside it. Without a name, lists them; with one, writes
+/// that state to standard output. Only while no worker serves the disk; changes nothing.
+#[derive(Debug, Args)]
+pub struct SidecarArgs {
+    /// The disk's image
+    pub image: PathBuf,
+
+    /// Which state to write to standard output: a filter, or FILTER-N if it has several
+    pub filter: Option<String>,
+
+    /// The folder, for a disk that was served with state=DIR
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+
+    /// Print JSON, one object a line
+    #[arg(long, conflicts_with = "filter")]
+    pub json: bool,
+}
+
+/// Show what the filters of a disk missed while they were bypassed
+///
+/// For each filter that may be bypassed: the ranges of the disk, as offset and length in bytes,
+/// that were changed without it. Only while no worker serves the disk; changes nothing.
+#[derive(Debug, Args)]
+pub struct GapsArgs {
+    /// The disk's image
+    pub image: PathBuf,
+
+    /// The folder, for a disk that was served with state=DIR
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
 
     /// Print JSON, one object a line
     #[arg(long)]

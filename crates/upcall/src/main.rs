@@ -11,6 +11,7 @@ mod new;
 mod output;
 mod serve;
 mod signals;
+mod state;
 mod top;
 mod words;
 
@@ -37,6 +38,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Top(args) => top::run(args),
+        Command::Sidecar(args) => state::sidecar(args),
+        Command::Gaps(args) => state::gaps(args),
         Command::Filter(FilterCommand::Info(args)) => info::run(args),
         Command::Filter(FilterCommand::New(args)) => new::run(args),
         Command::Filter(FilterCommand::Check(args)) => check::run(args),

@@ -209,8 +209,14 @@ fn parameters_that_fill_more_than_a_message_are_refused_before_they_are_sent() {
     let given: Vec<_> = (0..17).map(|number| (format!("p{number}"), "x".repeat(4096))).collect();
     let params = crate::params::resolve(&description, &given).unwrap();
     let counters = Counters::new().unwrap();
-    let open =
-        OpenInstance { instance: 0, arena: 0, disks: &[], params: &params, counters: &counters };
+    let open = OpenInstance {
+        instance: 0,
+        arena: 0,
+        disks: &[],
+        params: &params,
+        counters: &counters,
+        sidecar: None,
+    };
     let error = host.open(&open).unwrap_err();
     assert!(error.to_string().contains("at most 65536 bytes"), "{error}");
     say(&theirs, &packet(kind::RESULT, 0, 0, b""));
@@ -230,8 +236,14 @@ fn more_files_than_a_message_can_carry_are_refused() {
     let given: Vec<_> = (0..32).map(|number| (format!("p{number}"), "/dev/null".into())).collect();
     let params = crate::params::resolve(&description, &given).unwrap();
     let counters = Counters::new().unwrap();
-    let open =
-        OpenInstance { instance: 0, arena: 0, disks: &[], params: &params, counters: &counters };
+    let open = OpenInstance {
+        instance: 0,
+        arena: 0,
+        disks: &[],
+        params: &params,
+        counters: &counters,
+        sidecar: None,
+    };
     let error = host.open(&open).unwrap_err();
     assert!(error.to_string().contains("at most 31 files"), "{error}");
 }

@@ -95,6 +95,8 @@ pub struct Worker {
     pub host_bell: Doorbell,
     pub arena: Mapping,
     pub counters: Counters,
+    /// Given at the next OPEN.
+    pub sidecar: Option<OwnedFd>,
     ring: OwnedFd,
     arena_fd: OwnedFd,
 }
@@ -128,6 +130,7 @@ impl Worker {
             host_bell,
             arena,
             counters,
+            sidecar: None,
             ring,
             arena_fd,
         })
@@ -141,6 +144,7 @@ impl Worker {
             disks: &[DISK],
             params,
             counters: &counters,
+            sidecar: self.sidecar.as_ref().map(|file| file.as_fd()),
         })
     }
 

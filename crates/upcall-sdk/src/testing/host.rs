@@ -29,6 +29,7 @@ pub struct Builder<F> {
     read_only: bool,
     params: BTreeMap<CString, CString>,
     files: BTreeMap<CString, OwnedFd>,
+    sidecar: Result<Vec<u8>, Errno>,
     _filter: PhantomData<F>,
 }
 
@@ -121,6 +122,13 @@ impl<F: Filter> Builder<F> {
         self
     }
 
+    /// What the filter's sidecar holds when it is opened, or the error that reading it gives.
+    #[must_use]
+    pub fn sidecar(mut self, state: Result<&[u8], Errno>) -> Self {
+        self.sidecar = state.map(<[u8]>::to_vec);
+        self
+    }
+
     /// Loads and opens the filter.
     ///
     /// # Panics
@@ -136,6 +144,13 @@ impl<F: Filter> Builder<F> {
         });
         let params = params::read(F::PARAMS, &self.params);
         let world = Box::new(World::new(disks.collect(), params, self.files, F::INFO));
+        {
+            let played = &mut world.state().sidecar;
+            match self.sidecar {
+                Ok(state) => (played.written, played.durable) = (state.clone(), state),
+                Err(errno) => played.read_error = Some(errno),
+            }
+        }
         let table = table::<F>().0;
         let mut this = std::ptr::null_mut();
         // SAFETY: the table's own functions, called as the header says: load, then open.
@@ -165,8 +180,19 @@ impl<F: Filter> Host<F> {
             read_only: false,
             params: BTreeMap::new(),
             files: BTreeMap::new(),
+            sidecar: Ok(Vec::new()),
             _filter: PhantomData,
         }
+    }
+
+    /// What a crash would leave of the filter's sidecar now.
+    pub fn sidecar(&self) -> Vec<u8> {
+        self.world.state().sidecar.durable.clone()
+    }
+
+    /// From now on syncing the sidecar fails so; with `None`, it works again.
+    pub fn fail_sidecar_sync(&mut self, errno: Option<Errno>) {
+        self.world.state().sidecar.sync_error = errno;
     }
 
     /// The filter itself.

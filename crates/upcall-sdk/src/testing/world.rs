@@ -41,6 +41,7 @@ pub(crate) struct World {
     pub(crate) files: BTreeMap<CString, OwnedFd>,
     pub(crate) answers: OpSet,
     issues: bool,
+    keeps_sidecar: bool,
     state: Mutex<WorldState>,
 }
 
@@ -56,8 +57,22 @@ pub(crate) struct WorldState {
     pub(crate) log: Vec<(Level, String)>,
     pub(crate) violations: Vec<String>,
     pub(crate) memory_max: usize,
+    pub(crate) sidecar: PlayedSidecar,
     buffers: HashMap<usize, Layout>,
     next: u64,
+}
+
+/// An instance's sidecar, in memory.
+#[derive(Default)]
+pub(crate) struct PlayedSidecar {
+    /// As last written.
+    pub(crate) written: Vec<u8>,
+    /// What a crash would leave.
+    pub(crate) durable: Vec<u8>,
+    /// What reading says, until something is written.
+    pub(crate) read_error: Option<Errno>,
+    /// What syncing says.
+    pub(crate) sync_error: Option<Errno>,
 }
 
 pub(crate) struct InFlight {
@@ -106,6 +121,7 @@ impl World {
             log: Vec::new(),
             violations: Vec::new(),
             memory_max: 16 << 20,
+            sidecar: PlayedSidecar::default(),
             buffers: HashMap::new(),
             next: 1,
         };
@@ -115,6 +131,7 @@ impl World {
             files,
             answers: info.answers,
             issues: info.issues,
+            keeps_sidecar: info.sidecar,
             state: Mutex::new(state),
         }
     }
@@ -234,6 +251,9 @@ pub(crate) static SERVICES: sys::Services = sys::Services {
     counter,
     counter_add,
     log,
+    sidecar_read,
+    sidecar_write,
+    sidecar_sync,
 };
 
 /// The virtual time of an instance of a test host; none for any other's.
@@ -466,4 +486,68 @@ unsafe extern "C" fn log(instance: *mut sys::Instance, level: u32, text: *const 
     };
     // SAFETY: as in `issue`.
     unsafe { world(instance) }.state().log.push((level, text));
+}
+
+unsafe extern "C" fn sidecar_read(
+    instance: *mut sys::Instance,
+    buf: *mut c_void,
+    size: u32,
+) -> i32 {
+    // SAFETY: as in `issue`.
+    let world = unsafe { world(instance) };
+    let state = world.state();
+    match state.sidecar.read_error {
+        _ if !world.keeps_sidecar => Errno::EOPNOTSUPP.negative(),
+        Some(errno) => errno.negative(),
+        None => {
+            let written = &state.sidecar.written;
+            let length = written.len().min(size as usize);
+            if length > 0 {
+                // SAFETY: the filter's duty: `buf` has room for `size` bytes.
+                unsafe { std::ptr::copy_nonoverlapping(written.as_ptr(), buf.cast(), length) };
+            }
+            written.len() as i32
+        }
+    }
+}
+
+unsafe extern "C" fn sidecar_write(
+    instance: *mut sys::Instance,
+    data: *const c_void,
+    length: u32,
+) -> i32 {
+    // SAFETY: as in `issue`.
+    let world = unsafe { world(instance) };
+    if !world.keeps_sidecar {
+        return Errno::EOPNOTSUPP.negative();
+    }
+    if length as usize > sys::SIDECAR_MAX {
+        return Errno::E2BIG.negative();
+    }
+    let written = if length == 0 {
+        Vec::new()
+    } else {
+        // SAFETY: the filter's duty: `data` is `length` bytes.
+        unsafe { std::slice::from_raw_parts(data.cast::<u8>(), length as usize) }.to_vec()
+    };
+    let sidecar = &mut world.state().sidecar;
+    sidecar.written = written;
+    sidecar.read_error = None;
+    0
+}
+
+unsafe extern "C" fn sidecar_sync(instance: *mut sys::Instance) -> i32 {
+    // SAFETY: as in `issue`.
+    let world = unsafe { world(instance) };
+    if !world.keeps_sidecar {
+        return Errno::EOPNOTSUPP.negative();
+    }
+    let sidecar = &mut world.state().sidecar;
+    match sidecar.sync_error.or(sidecar.read_error) {
+        Some(errno) => errno.negative(),
+        None => {
+            sidecar.durable = sidecar.written.clone();
+            0
+        }
+    }
 }

@@ -9,6 +9,7 @@ use upcall_chain::{
 };
 use upcall_filterhost::{Description, FilterFile, params};
 
+use super::state::StateFolder;
 use super::{Starting, StartingSlot};
 use crate::config::{DiskConfig, LogLevel, LogSink, Placement};
 use crate::error::StartError;
@@ -21,6 +22,7 @@ pub(super) fn plan_chain(
     disks: &[(String, u16, bool)],
     hosts: &mut Vec<Starting>,
     next_instance: &mut u32,
+    state: &mut StateFolder,
     log: &LogSink,
 ) -> Result<(Arc<Chain>, Vec<StartingSlot>), StartError> {
     let disk = &config.name;
@@ -55,7 +57,20 @@ pub(super) fn plan_chain(
         })?;
         let deadline_ms = slot.deadline_ms.unwrap_or(default_deadline_ms(spec.class));
         specs.push(spec);
-        slots.push(Some(StartingSlot { host, instance, params, grants, on_failure, deadline_ms }));
+        let state_name = state.name_next(&description.name);
+        let sidecar = match description.wants_sidecar() {
+            true => Some(state.sidecar(config, &description.name, &state_name, log)?),
+            false => None,
+        };
+        slots.push(Some(StartingSlot {
+            host,
+            instance,
+            params,
+            grants,
+            on_failure,
+            deadline_ms,
+            sidecar,
+        }));
     }
     let read_only =
         DiskInfo { read_only: store.info().read_only || config.read_only, ..store.info().clone() };

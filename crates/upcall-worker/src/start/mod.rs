@@ -4,8 +4,10 @@ mod chain;
 mod connect;
 mod nbd;
 mod open;
+mod state;
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -28,6 +30,7 @@ use crate::worker::{RunningEngine, Worker};
 use chain::plan_chain;
 use connect::{ArenaMemory, connect_engines, give_arena};
 use open::{plan_instances, serve, set_up_hosts, start_engines};
+pub(crate) use state::StateFolder;
 
 /// Most queues of a disk.
 const QUEUES_MAX: u16 = 64;
@@ -47,6 +50,8 @@ struct StartingSlot {
     grants: Vec<usize>,
     on_failure: OnFailure,
     deadline_ms: u64,
+    /// Its state, for each host that runs it.
+    sidecar: Option<Arc<OwnedFd>>,
 }
 
 /// A disk while the worker is being put together.
@@ -78,10 +83,13 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         .map(|disk| (disk.name.clone(), disk.threads(), disk.chain.is_empty()))
         .collect();
     let (mut first_hop, mut next_instance) = (0, 0);
+    let mut states = Vec::new();
     for (mut config, store) in disks.into_iter().zip(stores) {
         let listener = listen(&mut config)?;
+        let mut state = StateFolder::default();
         let (chain, slots) =
-            plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &log)?;
+            plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &mut state, &log)?;
+        states.push(state);
         let frontend = match (listener, config.frontend.take()) {
             (Some(listener), Some(frontend)) => {
                 Some((listener, device(&config, frontend, &chain)?))
@@ -134,7 +142,7 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         disks.push(serve(disk, engines, &filter_names, drain_ms, &log)?);
     }
     let nbd = nbd::serve(nbd_servers, nbd_exports, &mut disks, &log)?;
-    Ok(Worker { disks, nbd, supervisor, instances, drain_ms, log, _page: page })
+    Ok(Worker { disks, nbd, supervisor, instances, drain_ms, log, _states: states, _page: page })
 }
 
 fn device(

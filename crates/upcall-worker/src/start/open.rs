@@ -36,6 +36,7 @@ pub(super) fn plan_instances(disks: &[StartingDisk], hosts: &mut [Starting]) {
                 params: slot.params.clone(),
                 hop: disk.first_hop + 1 + place,
                 on_failure: slot.on_failure,
+                sidecar: slot.sidecar.clone(),
             });
         }
     }

@@ -48,6 +48,7 @@ pub fn memory_disk(name: &str, bytes: u64, chain: Vec<SlotConfig>) -> DiskConfig
         queues: 1,
         frontend: None,
         nbd: None,
+        state: None,
         chain,
     }
 }

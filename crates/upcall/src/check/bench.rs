@@ -142,6 +142,7 @@ fn disks(target: &Target) -> Vec<DiskConfig> {
         queues,
         frontend: None,
         nbd: None,
+        state: None,
         chain,
     };
     let granted: Vec<String> =

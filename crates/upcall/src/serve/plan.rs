@@ -102,6 +102,7 @@ fn disk_of(
         queues: given.map_or(queues, |given| given.0),
         frontend,
         nbd,
+        state: spec.state.clone(),
         chain: spec.filter.into_iter().map(slot_of).collect(),
         name: spec.name,
     })

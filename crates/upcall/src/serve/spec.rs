@@ -47,6 +47,7 @@ pub struct DiskSpec {
     pub nbd_tls_key: Option<PathBuf>,
     pub nbd_tls_ca: Option<PathBuf>,
     pub nbd_tls: Option<Given<NbdTlsUse>>,
+    pub state: Option<PathBuf>,
     #[serde(default)]
     pub filter: Vec<FilterSpec>,
 }
@@ -295,7 +296,7 @@ mod tests {
     fn every_word_of_a_disk_is_read() {
         let disk = DiskSpec::from_words(
             "name=root,file=/a,,b.img,format=raw,socket=s,mode=0600,queues=2,queue-size=128,\
-             direct=off,readonly=on,engine=threads,serial=x,write-cache=off",
+             direct=off,readonly=on,engine=threads,serial=x,write-cache=off,state=/s",
         )
         .unwrap();
         assert_eq!(disk.file, Some(PathBuf::from("/a,b.img")));
@@ -304,6 +305,7 @@ mod tests {
         assert_eq!((disk.direct, disk.readonly), (Some(Given(false)), Some(Given(true))));
         assert_eq!(disk.engine, Some(Given(Engine::Threads)));
         assert_eq!(disk.write_cache, Some(Given(false)));
+        assert_eq!(disk.state, Some(PathBuf::from("/s")));
         let disk = DiskSpec::from_words(
             "name=n,memory=1G,nbd=[::1]:10809,nbd-export=x,nbd-readonly=on,nbd-connections=9,\
              nbd-tls-cert=c,nbd-tls-key=k,nbd-tls-ca=a,nbd-tls=optional",

@@ -56,9 +56,11 @@ extern "C" {
  * its major differs from the framework's, or if its minor is newer. A filter
  * built against an older minor keeps working: every struct begins with its size
  * as its author compiled it, and what lies beyond is taken as zero.
+ *
+ * 1.1: UPCALL_FILTER_SIDECAR; sidecar_read(), sidecar_write(), sidecar_sync().
  */
 #define UPCALL_ABI_MAJOR 1u
-#define UPCALL_ABI_MINOR 0u
+#define UPCALL_ABI_MINOR 1u
 #define UPCALL_ABI_VERSION ((UPCALL_ABI_MAJOR << 16) | UPCALL_ABI_MINOR)
 
 /* Operations. In masks, use UPCALL_OP_BIT. */
@@ -293,13 +295,40 @@ struct upcall_services {
 
     /* One line to the worker's log; cut at 500 bytes, dropped when too many. @inst may be NULL. */
     void (*log)(struct upcall_instance *inst, uint32_t level, const char *text);
+
+    /*
+     * Since 1.1. The sidecar: a small state of the instance's own, at most
+     * UPCALL_SIDECAR_MAX bytes, that travels with the disk. It is found again after
+     * a restart of the filter, of the worker and of the host, and where the disk is
+     * moved together with it. For a table with UPCALL_FILTER_SIDECAR; else -ENOTSUP.
+     * From open() (in it, too) until close() returns, from any thread.
+     *
+     * sidecar_read() gives the length of the state, 0 in the beginning, and copies its
+     * first @size bytes. What it gives in open() is durable. -EIO: the state is
+     * damaged, not empty; a new one may be written.
+     *
+     * sidecar_write() replaces the whole state, in memory only. 0, or -E2BIG.
+     *
+     * sidecar_sync() makes the state as last written durable, at once and as a whole:
+     * when it returns 0, a crash leaves this state or a later one; until then, the
+     * one before or this one, never a mix. It blocks for IO: call it from open(),
+     * close(), run_blocking() or a thread of your own. A negative errno (-EIO, -ENOSPC):
+     * a crash still leaves the state before or this one; try again.
+     */
+    int32_t (*sidecar_read)(struct upcall_instance *inst, void *buf, uint32_t size);
+    int32_t (*sidecar_write)(struct upcall_instance *inst, const void *data, uint32_t length);
+    int32_t (*sidecar_sync)(struct upcall_instance *inst);
 };
+
+/* Most bytes of a sidecar. */
+#define UPCALL_SIDECAR_MAX 65536u
 
 /* Events; see upcall_filter.event. */
 enum { UPCALL_EVENT_STUN = 1, UPCALL_EVENT_UNSTUN = 2 };
 
 /* upcall_filter.flags */
-#define UPCALL_FILTER_ISSUES 1u /* issues requests of its own */
+#define UPCALL_FILTER_ISSUES 1u  /* issues requests of its own */
+#define UPCALL_FILTER_SIDECAR 2u /* since 1.1: keeps a state of its own; see sidecar_read() */
 
 /*
  * The table that a filter exports. Functions that are not needed are NULL; only

@@ -1,0 +1,104 @@
+//! Where the filters of a disk keep their state: see `upcall-state`.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use upcall_state::{Folder, folder_of, name_of, volatile};
+
+use super::system;
+use crate::config::{DiskConfig, LogLevel, LogSink, StoreConfig};
+use crate::error::StartError;
+
+/// A disk's folder, opened when it is first needed, and locked as long as this lives.
+#[derive(Default)]
+pub(crate) struct StateFolder {
+    folder: Option<Folder>,
+    /// How often each filter was named for this disk so far.
+    named: HashMap<String, usize>,
+}
+
+/// What a disk's state is kept in.
+enum Kept {
+    At(PathBuf),
+    InMemory,
+    Nowhere,
+}
+
+impl StateFolder {
+    /// The name of the next instance's files. To be called once for each of the disk's
+    /// filters, in the order in which the configuration names them.
+    pub(super) fn name_next(&mut self, filter: &str) -> String {
+        let number = self.named.entry(filter.to_owned()).or_default();
+        *number += 1;
+        name_of(filter, *number - 1)
+    }
+
+    /// The sidecar of an instance.
+    pub(super) fn sidecar(
+        &mut self,
+        disk: &DiskConfig,
+        filter: &str,
+        name: &str,
+        log: &LogSink,
+    ) -> Result<Arc<OwnedFd>, StartError> {
+        match kept(disk)? {
+            Kept::At(path) => {
+                let folder = self.folder(disk, path)?;
+                folder
+                    .sidecar(name)
+                    .map(Arc::new)
+                    .map_err(|source| StartError::State { disk: disk.name.clone(), source })
+            }
+            Kept::InMemory => {
+                let text = format!(
+                    "disk {}: the state of filter {filter} is in memory, as the disk is, and \
+                     lost with it; state=DIR keeps it",
+                    disk.name
+                );
+                log(LogLevel::Info, &text);
+                let file = volatile()
+                    .map_err(|source| system(&disk.name, "keep a filter's state", source))?;
+                Ok(Arc::new(file.into()))
+            }
+            Kept::Nowhere => {
+                Err(StartError::NoState { disk: disk.name.clone(), filter: filter.to_owned() })
+            }
+        }
+    }
+
+    fn folder(&mut self, disk: &DiskConfig, path: PathBuf) -> Result<&Folder, StartError> {
+        if self.folder.is_none() {
+            let opened = Folder::open_or_create(&path, image_of(disk))
+                .map_err(|source| StartError::State { disk: disk.name.clone(), source })?;
+            self.folder = Some(opened);
+        }
+        Ok(self.folder.as_ref().expect("it was just opened"))
+    }
+}
+
+/// The file that holds the disk, if it is one.
+fn image_of(disk: &DiskConfig) -> Option<&Path> {
+    match &disk.store {
+        StoreConfig::Raw { path, .. } => Some(path),
+        StoreConfig::Image(options) => Some(&options.path),
+        StoreConfig::Memory { .. } | StoreConfig::Null { .. } | StoreConfig::Custom(_) => None,
+    }
+}
+
+fn kept(disk: &DiskConfig) -> Result<Kept, StartError> {
+    let failed = |source| system(&disk.name, "find the folder for its filters' state", source);
+    Ok(match (&disk.state, image_of(disk)) {
+        (Some(path), _) => Kept::At(path.clone()),
+        (None, Some(path)) => {
+            if path.metadata().map_err(failed)?.file_type().is_block_device() {
+                Kept::Nowhere
+            } else {
+                Kept::At(folder_of(path).map_err(failed)?)
+            }
+        }
+        (None, None) => Kept::InMemory,
+    })
+}
