@@ -1,7 +1,7 @@
 //! A client that can say anything: rings and messages by hand.
 //!
-//! What [`Client`] needs it does as the virtio specification says (split rings, with or
-//! without indirect descriptors and EVENT_IDX). Beside that it offers each step alone, so
+//! What [`Client`] needs it does as the virtio specification says (split or packed rings,
+//! with or without indirect descriptors and EVENT_IDX). Beside that it offers each step alone, so
 //! that a test can write what no sane guest writes.
 //!
 //! Its memory is one memfd, shown to the device as two regions that lie far apart in guest
@@ -21,6 +21,7 @@ use crate::driver::is_readable;
 use crate::memory::SharedMemory;
 use crate::message::{Connection, request};
 
+mod packed;
 mod reconnect;
 
 /// Feature bits of virtio and of virtio-blk.
@@ -40,6 +41,7 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 mod protocol {
@@ -227,6 +229,9 @@ struct Ring {
     slot_of: HashMap<u16, usize>,
     kick: OwnedFd,
     call: OwnedFd,
+    /// Where it stands, if it is a packed ring; its event structures are where a split one
+    /// has its available and used rings, its ids are taken from `free`.
+    packed: Option<packed::Packed>,
 }
 
 /// A connection with memory and queues of its own.
@@ -268,7 +273,7 @@ impl RawClient {
         for queue in 0..options.queues {
             let ring = client.new_ring(queue)?;
             client.rings.push(ring);
-            client.start(queue, 0)?;
+            client.start(queue, client.device_index(queue))?;
         }
         Ok(client)
     }
@@ -320,6 +325,7 @@ impl RawClient {
             slot_of: HashMap::new(),
             kick: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             call: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            packed: self.is_packed().then(packed::Packed::default),
         })
     }
 
@@ -329,7 +335,7 @@ impl RawClient {
         let index = queue as u32;
         let user = |offset: usize| self.memory.address() + offset as u64;
         self.vring_state(request::SET_VRING_NUM, index, u32::from(ring.size))?;
-        self.vring_state(request::SET_VRING_BASE, index, u32::from(base))?;
+        self.vring_state(request::SET_VRING_BASE, index, self.whole_base(base))?;
         let mut payload = Vec::new();
         payload.extend_from_slice(&index.to_le_bytes());
         payload.extend_from_slice(&0u32.to_le_bytes());
@@ -440,6 +446,7 @@ impl RawClient {
     /// With EVENT_IDX: asks to be signalled when the used index has passed `index`.
     pub fn set_used_event(&self, queue: usize, index: u16) {
         let ring = &self.rings[queue];
+        assert!(ring.packed.is_none(), "only split rings have it");
         self.memory.store_u16(ring.avail + 4 + 2 * usize::from(ring.size), index);
     }
 
@@ -448,8 +455,12 @@ impl RawClient {
         self.rings[queue].used_index
     }
 
-    /// The index that the device's used ring has reached.
+    /// The index that the device's used ring has reached. A packed ring does not say: its
+    /// first position, which is as much as QEMU knows of it when the device has died.
     pub fn device_index(&self, queue: usize) -> u16 {
+        if self.rings[queue].packed.is_some() {
+            return packed::START;
+        }
         self.memory.load_u16(self.rings[queue].used + 2)
     }
 
@@ -490,7 +501,12 @@ impl RawClient {
             for (index, descriptor) in chain.iter_mut().enumerate() {
                 descriptor.next = if index < last { index as u16 + 1 } else { 0 };
                 descriptor.flags |= if index < last { NEXT } else { 0 };
-                self.memory.write(table + Descriptor::BYTES * index, &descriptor.bytes());
+                let bytes = if self.is_packed() {
+                    packed::bytes(*descriptor, 0, descriptor.flags & WRITE)
+                } else {
+                    descriptor.bytes()
+                };
+                self.memory.write(table + Descriptor::BYTES * index, &bytes);
             }
             let length = (Descriptor::BYTES * chain.len()) as u32;
             let address = self.guest(table);
@@ -501,6 +517,10 @@ impl RawClient {
         let indexes: Vec<u16> = chain.iter().map(|_| ring.free.pop().unwrap()).collect();
         let before = ring.avail_index;
         ring.chains.insert(indexes[0], indexes.clone());
+        if self.is_packed() {
+            self.submit_packed(queue, indexes[0], &chain);
+            return indexes[0];
+        }
         for (position, descriptor) in chain.iter().enumerate() {
             let mut descriptor = *descriptor;
             if let Some(&next) = indexes.get(position + 1) {
@@ -516,6 +536,9 @@ impl RawClient {
 
     /// The next used entry, if there is one.
     pub fn take_used(&mut self, queue: usize) -> Option<Used> {
+        if self.is_packed() {
+            return self.take_used_packed(queue);
+        }
         let ring = &mut self.rings[queue];
         if self.memory.load_u16(ring.used + 2) == ring.used_index {
             return None;

@@ -19,13 +19,20 @@ fn connect(disk: &Disk) -> RawClient {
 }
 
 /// The ways a client may use its queues.
-fn manners(queues: usize) -> [RawOptions; 4] {
+fn manners(queues: usize) -> [RawOptions; 6] {
     let usual = RawOptions { queues, ..RawOptions::default() };
     [
         usual,
         RawOptions { indirect: true, ..usual },
         RawOptions { features: usual.features & !feature::EVENT_IDX, ..usual },
         RawOptions { queues: 1, queue_size: 16, slots: 1, ..usual },
+        RawOptions { features: usual.features | feature::RING_PACKED, ..usual },
+        RawOptions {
+            features: (usual.features | feature::RING_PACKED) & !feature::EVENT_IDX,
+            indirect: true,
+            queue_size: 32,
+            ..usual
+        },
     ]
 }
 

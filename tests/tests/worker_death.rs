@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use upcall_tests::{
-    Client, Filter, Load, LoadCounts, LoadMix, RawClient, RawOptions, Rng, Scratch, Server,
+    Client, Filter, Load, LoadCounts, LoadMix, RawClient, RawOptions, Rng, Scratch, Server, feature,
 };
 
 const BYTES: u64 = 8 << 20;
@@ -84,8 +84,17 @@ impl Campaign {
         }
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let server = Server::start(&scratch, &args);
-        let options = RawOptions { queues: QUEUES, slots: 24, ..RawOptions::default() };
+        let mut options = RawOptions { queues: QUEUES, slots: 24, ..RawOptions::default() };
+        // Every second campaign has packed rings, of which the client cannot say where they
+        // stand when a worker has died.
+        if seed % 2 == 1 {
+            options.features |= feature::RING_PACKED;
+        }
         let mut client = RawClient::connect_tracked(&socket, options).unwrap();
+        assert_eq!(
+            client.features() & feature::RING_PACKED,
+            options.features & feature::RING_PACKED
+        );
         let load = Load::on(seed, &mut client);
         Campaign {
             scratch,

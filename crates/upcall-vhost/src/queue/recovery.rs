@@ -172,9 +172,13 @@ impl World {
             let more = self.asked.len() < self.plan.total;
             queue.take(64, &mut self.taken).map_err(|error| error.to_string())?;
             self.look_at_taken()?;
-            if self.held.is_empty() && !more {
+            if self.held.is_empty() && (full || !more) {
+                // What is left was answered at once.
                 self.reap()?;
-                return if self.is_done() { Ok(()) } else { Err("requests were lost".into()) };
+                if !self.numbers.is_empty() {
+                    return Err("requests were lost".into());
+                }
+                continue;
             }
             // All but the oldest, out of order, until there is nothing more to come.
             let count = self.held.len() - usize::from(more && self.held.len() > 1);
