@@ -261,7 +261,16 @@ fn traced(scratch: &Scratch, words: &str, calls: &str) -> (Option<Vec<u8>>, Stri
     let _ = std::fs::remove_file(scratch.join("d.sock"));
     let disk = format!("name=root,socket={},direct=off{words}", scratch.text("d.sock"));
     let mut child = Command::new("strace")
-        .args(["-D", "-f", "-qq", "-e", &format!("trace={calls}"), "-o", trace.to_str().unwrap()])
+        .args([
+            "-D",
+            "-f",
+            "-qq",
+            "--seccomp-bpf",
+            "-e",
+            &format!("trace={calls}"),
+            "-o",
+            trace.to_str().unwrap(),
+        ])
         .arg(upcall_program())
         .args(["serve", "--disk", &disk])
         .stdin(Stdio::null())
@@ -433,4 +442,22 @@ fn what_is_missing_is_named_with_the_way_out() {
     refused(&format!(",file={},format=vdi,backing=raw:x", image.display()), "only qcow2 and vmdk");
     refused(",file=/nowhere/a,format=qcow2", "no such file");
     assert_eq!(scratch.names(), ["disk", "flat-flat.vmdk", "flat.vmdk"], "something is left");
+}
+
+#[test]
+fn images_are_made_converted_and_checked() {
+    let scratch = Scratch::new();
+    let (a, b) = (scratch.text("a.qcow2"), scratch.text("b.vmdk"));
+    upcall(&["image", "create", "--format", "qcow2", &a, "32M"]).expect_success();
+    upcall(&["image", "check", "--format", "qcow2", &a]).expect_success();
+    upcall(&["image", "convert", "--from", "qcow2", "--to", "vmdk", &a, &b]).expect_success();
+    let info = upcall(&["image", "info", "--json", "--format", "vmdk", &b]);
+    info.expect_success();
+    assert!(info.stdout.contains("\"virtual-size\": 33554432"), "{}", info.stdout);
+    // A damaged one: its refcounts are gone.
+    let mut bytes = std::fs::read(&a).unwrap();
+    bytes[65536..131072].fill(0);
+    std::fs::write(&a, bytes).unwrap();
+    let damaged = upcall(&["image", "check", "--format", "qcow2", &a]);
+    assert!(damaged.code == Some(1) && damaged.stderr.contains("--repair"), "{damaged:?}");
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::serve::{DiskSpec, FilterOnDisk};
+use upcall_worker::{ImageFormat, Layer};
+
+use crate::serve::{DiskSpec, FilterOnDisk, Size};
 
 /// Data services in the IO path of a virtual machine's disks
 #[derive(Debug, Parser)]
@@ -25,6 +27,9 @@ pub enum Command {
     /// Look at filters, check them, begin one of your own
     #[command(subcommand)]
     Filter(FilterCommand),
+    /// Make, look at, convert and check images, with qemu-img
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Print the completions for a shell
     Completions {
         shell: clap_complete::Shell,
@@ -40,6 +45,95 @@ pub enum FilterCommand {
     Info(InfoArgs),
     New(NewArgs),
     Check(CheckArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    Create(ImageCreateArgs),
+    Info(ImageInfoArgs),
+    Convert(ImageConvertArgs),
+    Check(ImageCheckArgs),
+}
+
+/// Make an empty image
+#[derive(Debug, Args)]
+pub struct ImageCreateArgs {
+    /// Its format: raw, qcow2, vmdk, vhdx, vdi or vpc
+    #[arg(long, value_parser = crate::image::format)]
+    pub format: ImageFormat,
+
+    /// An image below it, which gives what is not written here: FORMAT:PATH
+    #[arg(long, value_name = "FORMAT:PATH", value_parser = crate::serve::value::<Layer>)]
+    pub backing: Option<Layer>,
+
+    /// An option of the format, as for qemu-img's -o; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub option: Vec<String>,
+
+    /// The image; must not be there yet
+    pub file: PathBuf,
+
+    /// Its size, in bytes or with K, M, G or T behind [default: that of the image below]
+    #[arg(value_parser = crate::serve::value::<Size>)]
+    pub size: Option<Size>,
+}
+
+/// Show what an image is
+///
+/// Only for images that you trust: what an image names may be looked at.
+#[derive(Debug, Args)]
+pub struct ImageInfoArgs {
+    /// Its format; never probed
+    #[arg(long, value_parser = crate::image::format)]
+    pub format: ImageFormat,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The image
+    pub file: PathBuf,
+}
+
+/// Copy an image into another format
+///
+/// Only for images that you trust: what an image names becomes part of the copy.
+#[derive(Debug, Args)]
+pub struct ImageConvertArgs {
+    /// The format it has; never probed
+    #[arg(long, value_name = "FORMAT", value_parser = crate::image::format)]
+    pub from: ImageFormat,
+
+    /// The format of the copy
+    #[arg(long, value_name = "FORMAT", value_parser = crate::image::format)]
+    pub to: ImageFormat,
+
+    /// An option of the copy's format, as for qemu-img's -o; may be repeated
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub option: Vec<String>,
+
+    /// The image
+    pub file: PathBuf,
+
+    /// The copy; must not be there yet
+    pub to_file: PathBuf,
+}
+
+/// Check that an image is sound; not while it is in use
+///
+/// Exit code 0 if it is. What is wrong is said by qemu-img, and what to do by us.
+#[derive(Debug, Args)]
+pub struct ImageCheckArgs {
+    /// Its format; never probed
+    #[arg(long, value_parser = crate::image::format)]
+    pub format: ImageFormat,
+
+    /// Mend what can be mended
+    #[arg(long)]
+    pub repair: bool,
+
+    /// The image
+    pub file: PathBuf,
 }
 
 /// Serve the disks of one virtual machine, in the foreground

@@ -5,6 +5,7 @@
 mod check;
 mod cli;
 mod failure;
+mod image;
 mod info;
 mod manual;
 mod new;
@@ -43,6 +44,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Filter(FilterCommand::Info(args)) => info::run(args),
         Command::Filter(FilterCommand::New(args)) => new::run(args),
         Command::Filter(FilterCommand::Check(args)) => check::run(args),
+        Command::Image(command) => image::run(command),
         Command::Completions { shell } => manual::print_completions(shell),
         Command::Man { folder } => manual::write_pages(&folder),
     }

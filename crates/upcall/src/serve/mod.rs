@@ -18,6 +18,12 @@ mod value;
 
 pub use spec::{DiskSpec, FilterOnDisk};
 pub use stats::runtime_folder;
+pub use value::Size;
+
+/// A value as an operator writes it, for words that are arguments of their own.
+pub fn value<T: value::Value>(text: &str) -> Result<T, String> {
+    T::from_text(text)
+}
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
