@@ -28,6 +28,8 @@ pub enum Disk {
     Null,
     /// A raw file, past the page cache.
     Raw,
+    /// A qcow2 image, past the page cache: ours is read by a qemu-storage-daemon of our own.
+    Qcow2,
 }
 
 impl Disk {
@@ -36,6 +38,7 @@ impl Disk {
         match self {
             Disk::Null => "null",
             Disk::Raw => "raw O_DIRECT",
+            Disk::Qcow2 => "qcow2 O_DIRECT",
         }
     }
 }
@@ -78,6 +81,7 @@ pub fn upcall(
     let what = match disk {
         Disk::Null => format!("null={CAPACITY}"),
         Disk::Raw => format!("file={}", image(scratch, name)?.display()),
+        Disk::Qcow2 => format!("file={},format=qcow2", qcow2(scratch, name)?.display()),
     };
     let mut command = Command::new(programs().join("upcall"));
     command.arg("serve").arg("--log-level=warn").arg("--disk");
@@ -87,9 +91,15 @@ pub fn upcall(
     }
     let server = Server::spawn(scratch, command);
     let pid = server.pid().as_raw_pid() as u32;
-    let hosts = process::children(pid).into_iter().map(|pid| (HOSTS.to_owned(), pid));
-    let watched = std::iter::once((SERVER.to_owned(), pid)).chain(hosts).collect();
+    let children = process::children(pid).into_iter().map(|pid| (role(pid), pid));
+    let watched = std::iter::once((SERVER.to_owned(), pid)).chain(children).collect();
     Ok(Serving { program: Program::Upcall { _server: server }, socket, watched })
+}
+
+/// What a process that `upcall serve` has started is there for.
+fn role(pid: u32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if name.starts_with("qemu-") { "image daemon".into() } else { HOSTS.into() }
 }
 
 /// qemu-storage-daemon, with a thread of its own for the disk, as one who wants it fast
@@ -107,6 +117,10 @@ pub fn qemu_storage_daemon(
         Disk::Raw => format!(
             "driver=file,node-name=disk,filename={},cache.direct=on,aio=io_uring",
             image(scratch, name)?.display()
+        ),
+        Disk::Qcow2 => format!(
+            "driver=qcow2,node-name=disk,file.driver=file,file.filename={},file.cache.direct=on,file.aio=io_uring",
+            qcow2(scratch, name)?.display()
         ),
     };
     let log = scratch.join(&format!("{name}.log"));
@@ -131,6 +145,22 @@ pub fn qemu_storage_daemon(
 fn image(scratch: &Scratch, name: &str) -> Result<PathBuf, String> {
     let path = scratch.join(&format!("{name}.img"));
     write_image(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(path)
+}
+
+/// The same as a qcow2 image, all of it allocated.
+fn qcow2(scratch: &Scratch, name: &str) -> Result<PathBuf, String> {
+    let raw = image(scratch, name)?;
+    let path = scratch.join(&format!("{name}.qcow2"));
+    let output = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .args([&raw, &path])
+        .output()
+        .map_err(|error| format!("qemu-img (Debian: qemu-utils): {error}"))?;
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+    }
+    std::fs::remove_file(&raw).map_err(|error| format!("{}: {error}", raw.display()))?;
     Ok(path)
 }
 
