@@ -4,6 +4,9 @@
 //! Always true, whatever the bytes: nothing panics; what a request points to lies in the
 //! guest's memory and is exactly as long as its range; no tag is handed out twice; each
 //! completion adds one used entry, whose length is not more than was written.
+//!
+//! Rings may be packed. There may be an in-flight region, of the input too, and the worker
+//! may die and find it again.
 #![no_main]
 
 use std::collections::HashMap;
@@ -11,7 +14,7 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use upcall_block::{Errno, Op, Request, RequestQueue, Tag};
-use upcall_vhost::mock::{Device, Driver, Memory};
+use upcall_vhost::mock::{Device, Driver, InflightFile, Memory, PackedDriver};
 use upcall_vhost::{GuestMemory, VirtQueue};
 
 /// Small addresses, so that bytes of the input often are ones that exist.
@@ -42,17 +45,36 @@ fuzz_target!(|bytes: &[u8]| {
 
 fn run(mut input: Input<'_>) -> Option<()> {
     let flags = input.byte()?;
+    // Bit 0: a packed ring; 1: an in-flight region; 2 and 3: that of the input is put there
+    // before the first worker, before later ones.
+    let more = if flags & 8 != 0 { input.byte()? } else { 0 };
+    let (packed, tracked) = (more & 1 != 0, more & 2 != 0);
     let memory = Arc::new(Memory::at(BASE, LENGTH));
-    let driver = Driver::new(memory.clone(), RING_SIZE, flags & 1 != 0, 0);
+    let split_driver = Driver::new(memory.clone(), RING_SIZE, flags & 1 != 0, 0);
+    let packed_driver = PackedDriver::new(memory.clone(), RING_SIZE, flags & 1 != 0);
     let region = memory.region();
-    let device = Device::with_capacity(CAPACITY, GuestMemory::new([region.clone()]).ok()?);
+    let mut device = Device::with_capacity(CAPACITY, GuestMemory::new([region.clone()]).ok()?);
+    let file = InflightFile::new(RING_SIZE, packed);
+    if tracked {
+        if more & 4 != 0 {
+            bend(&file, &mut input)?;
+        }
+        device.track(&file);
+    }
+    let start = |device: &Device| {
+        if packed {
+            device.try_packed_queue(&packed_driver, 0x8000, flags & 4 != 0)
+        } else {
+            device.try_queue(&split_driver, flags & 4 != 0)
+        }
+    };
     device.set_flush_negotiated(flags & 2 != 0);
     // The image: what follows lands at the start, where the ring's parts are.
     let image = input.0.len().min(LENGTH).min(usize::from(flags >> 4) * 64 + 256);
     memory.write(BASE, &input.0[..image]);
     input.0 = &input.0[image..];
 
-    let mut queue = device.try_queue(&driver, flags & 4 != 0)?;
+    let mut queue = start(&device)?;
     let mut in_flight = HashMap::new();
     let mut requests = Vec::new();
     for _ in 0..64 {
@@ -67,6 +89,14 @@ fn run(mut input: Input<'_>) -> Option<()> {
             }
             2 | 3 => complete_one(&mut queue, &mut in_flight, step),
             4 => queue.publish(),
+            5 if tracked && step & 8 != 0 => {
+                // The worker dies, and with it what it knew.
+                in_flight.clear();
+                if more & 8 != 0 {
+                    bend(&file, &mut input)?;
+                }
+                queue = start(&device)?;
+            }
             5 => {
                 if queue.before_sleep() {
                     queue.after_sleep();
@@ -74,8 +104,8 @@ fn run(mut input: Input<'_>) -> Option<()> {
             }
             6 => {
                 // Makes more available, so that long runs happen.
-                let index = memory.load(driver.available_index());
-                memory.store(driver.available_index(), index.wrapping_add(u16::from(step >> 5)));
+                let at = split_driver.available_index();
+                memory.store(at, memory.load(at).wrapping_add(u16::from(step >> 5)));
             }
             _ => {
                 let at = u64::from(input.u16()?) % (LENGTH as u64 - 2) / 2 * 2;
@@ -88,6 +118,15 @@ fn run(mut input: Input<'_>) -> Option<()> {
         complete_one(&mut queue, &mut in_flight, 0);
     }
     queue.finish();
+    Some(())
+}
+
+/// Overwrites some bytes of the in-flight region.
+fn bend(file: &InflightFile, input: &mut Input<'_>) -> Option<()> {
+    let at = usize::from(input.byte()?) * 2 % file.length();
+    let length = usize::from(input.byte()?).min(input.0.len()).min(file.length() - at);
+    file.write(at, &input.0[..length]);
+    input.0 = &input.0[length..];
     Some(())
 }
 
