@@ -78,6 +78,17 @@ pub struct Chunk {
     pub payload: Vec<u8>,
 }
 
+/// The header of a command.
+fn header(flags: u16, kind: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+    let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(length.to_be_bytes());
+    bytes
+}
+
 impl RawNbd {
     /// Connects, and says nothing.
     pub fn unix(path: &Path) -> RawNbd {
@@ -140,13 +151,14 @@ impl RawNbd {
 
     /// Sends the header of a command.
     pub fn command(&mut self, flags: u16, kind: u16, cookie: u64, offset: u64, length: u32) {
-        let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
-        bytes.extend(flags.to_be_bytes());
-        bytes.extend(kind.to_be_bytes());
-        bytes.extend(cookie.to_be_bytes());
-        bytes.extend(offset.to_be_bytes());
-        bytes.extend(length.to_be_bytes());
-        self.write(&bytes);
+        self.write(&header(flags, kind, cookie, offset, length));
+    }
+
+    /// Asks for the same `length` bytes so many times, in one breath: a socket has room for
+    /// few small pieces. Cookies count from 0.
+    pub fn read_often(&mut self, count: u64, length: u32) {
+        let all: Vec<u8> = (0..count).flat_map(|cookie| header(0, 0, cookie, 0, length)).collect();
+        self.try_write(&all).unwrap();
     }
 
     /// The same with an extended header.

@@ -5,9 +5,13 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, acceptfrom_with, sockopt};
+
+/// How long a TCP client may be silent before it is asked whether it is still there.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// Why there is no listener.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +116,9 @@ impl Listener {
                     // that cannot be had, the connection serves all the same.
                     let _ = sockopt::set_tcp_nodelay(&socket, true);
                     let _ = sockopt::set_socket_keepalive(&socket, true);
+                    let _ = sockopt::set_tcp_keepidle(&socket, KEEPALIVE);
+                    let _ = sockopt::set_tcp_keepintvl(&socket, KEEPALIVE / 4);
+                    let _ = sockopt::set_tcp_keepcnt(&socket, 4);
                 }
                 Ok(Some(socket))
             }

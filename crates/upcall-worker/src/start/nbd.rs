@@ -5,7 +5,8 @@ use std::sync::Arc;
 use upcall_block::{Op, Store};
 use upcall_chain::{Chain, Entry, Route};
 use upcall_nbd::{
-    ExportConfig, ExportInfo, Extents, Level, Limits, Listener, Log, Server, ServerBuilder, Tls,
+    Address as NbdPlace, ExportConfig, ExportInfo, Extents, Level, Limits, Listener, Log, Server,
+    ServerBuilder, Tls,
 };
 
 use super::{StartingDisk, system};
@@ -155,6 +156,12 @@ pub(super) fn serve(
         let names: Vec<String> = exports.iter().map(|export| export.info.name().into()).collect();
         let (builder, queues) = ServerBuilder::new(exports).map_err(failed)?;
         let is_tls = tls.is_some();
+        let is_public = matches!(listener.address(), NbdPlace::Tcp(at) if !at.ip().is_loopback());
+        if is_public && !is_tls {
+            let text = "NBD without TLS: whoever reaches the address can read the disk, and write \
+                        it unless it is read-only; give it nbd-tls-cert, nbd-tls-key and nbd-tls-ca";
+            log(LogLevel::Warn, &format!("disk {name}: {text}"));
+        }
         let limits = Limits { connections, ..Limits::default() };
         let server = builder.start(listener, tls, limits, messages(log)).map_err(failed)?;
         for ((index, queues), name) in indices.into_iter().zip(queues).zip(names) {

@@ -131,6 +131,11 @@ impl DiskSpec {
         if has_tls && (self.nbd_tls_cert.is_none() || self.nbd_tls_key.is_none()) {
             return Err(format!("disk {name}: TLS takes both nbd-tls-cert and nbd-tls-key"));
         }
+        if self.nbd_tls_ca.is_some() && self.nbd_tls == Some(Given(NbdTlsUse::Optional)) {
+            return Err(format!(
+                "disk {name}: with nbd-tls-ca clients need a certificate, so TLS cannot be optional"
+            ));
+        }
         if self.nbd_connections == Some(Given(0)) {
             return Err(format!("disk {name}: nbd-connections must be at least 1"));
         }
@@ -308,7 +313,7 @@ mod tests {
         assert_eq!(disk.state, Some(PathBuf::from("/s")));
         let disk = DiskSpec::from_words(
             "name=n,memory=1G,nbd=[::1]:10809,nbd-export=x,nbd-readonly=on,nbd-connections=9,\
-             nbd-tls-cert=c,nbd-tls-key=k,nbd-tls-ca=a,nbd-tls=optional",
+             nbd-tls-cert=c,nbd-tls-key=k,nbd-tls=optional",
         )
         .unwrap();
         assert_eq!(disk.nbd, Some(Given(NbdPlace::Tcp("[::1]:10809".into()))));
@@ -363,6 +368,10 @@ mod tests {
             ("name=r,file=a,nbd-export=x", "for disks with nbd=ADDRESS"),
             ("name=r,file=a,nbd=unix:s,nbd-tls-cert=c", "both nbd-tls-cert and nbd-tls-key"),
             ("name=r,file=a,nbd=unix:s,nbd-tls=optional", "both nbd-tls-cert and nbd-tls-key"),
+            (
+                "name=r,file=a,nbd=unix:s,nbd-tls-cert=c,nbd-tls-key=k,nbd-tls-ca=a,nbd-tls=optional",
+                "cannot be optional",
+            ),
             ("name=r,file=a,nbd=unix:s,nbd-connections=0", "at least 1"),
             ("name=r,file=a,nbd=unix:s,serial=x", "for vhost-user"),
         ] {
