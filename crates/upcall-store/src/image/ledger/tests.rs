@@ -189,6 +189,17 @@ fn after_a_failed_flush_nothing_that_modifies_succeeds_and_reads_do() {
 }
 
 #[test]
+fn a_flush_beside_one_that_fails_fails_too() {
+    let mut bench = Bench::new();
+    bench.push(ask(1, Op::Flush, 0, 0));
+    bench.push(ask(2, Op::Flush, 0, 0));
+    let (first, second) = (bench.launch().unwrap(), bench.launch().unwrap());
+    bench.complete(first, Err(Errno::EIO));
+    bench.complete(second, Ok(()));
+    assert_eq!(bench.ended, [(1, Err(Errno::EIO)), (2, Err(Errno::EIO))]);
+}
+
+#[test]
 fn what_cannot_be_written_again_is_lost_and_said_so() {
     let mut bench = Bench::new();
     bench.push(ask(1, Op::Write, 0, 1));
