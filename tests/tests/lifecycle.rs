@@ -106,7 +106,8 @@ fn no_process_and_no_file_outlives_the_server() {
     for child in children {
         assert!(!Path::new(&format!("/proc/{child}")).exists(), "filter host {child} lives on");
     }
-    assert_eq!(disk.scratch.names(), ["disk.img", "serve.log", "trace.jsonl"]);
+    // What the trace would have missed is kept beside the image.
+    assert_eq!(disk.scratch.names(), ["disk.img", "disk.img.upcall", "serve.log", "trace.jsonl"]);
 }
 
 #[test]

@@ -170,6 +170,18 @@ pub enum StartError {
         /// Why not.
         source: PolicyError,
     },
+    /// What a filter misses while it is bypassed cannot be recorded.
+    #[error(
+        "disk {disk}: filter {filter}: what it misses while it is bypassed cannot be recorded: {why}; make that possible, or use on-failure=hold for it"
+    )]
+    Gaps {
+        /// Which disk.
+        disk: String,
+        /// Which filter.
+        filter: String,
+        /// Why not.
+        why: String,
+    },
     /// A filter is granted what cannot be granted.
     #[error("disk {disk}: filter {filter} cannot be granted disk {granted:?}: {why}")]
     Grant {

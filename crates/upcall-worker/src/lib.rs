@@ -15,6 +15,7 @@ mod error;
 mod frontend;
 mod grow;
 mod hosts;
+mod plant;
 mod recipe;
 mod start;
 mod worker;

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use upcall_block::{DiskInfo, RequestQueue, Store};
+use upcall_gap::Gaps;
 use upcall_nbd::Server;
 use upcall_stats::Page;
 
@@ -45,6 +46,9 @@ pub(crate) struct ServedDisk {
     /// Dropped before the queue threads that it needs.
     pub(crate) frontend: Option<Frontend>,
     pub(crate) engines: Vec<RunningEngine>,
+    /// The files in which is recorded what bypassed filters miss; closed after the queue
+    /// threads that mark there.
+    pub(crate) _gaps: Vec<Gaps>,
     /// Where NBD clients find it, if they do; empty if that is not known.
     pub(crate) nbd: Option<String>,
 }

@@ -197,6 +197,12 @@ pub struct ServeArgs {
     /// order=0: its place among filters of its class; smaller is nearer to the guest.
     /// placement=isolated|inline: in a process of its own (default), or, for a filter that is
     /// trusted as this program is, in the worker.
+    /// deadline-ms=N: how long it may have a request before it counts as hung, is killed and
+    /// started again; 0: no limit (default: 30000 for qos and replication, else 5000).
+    /// on-failure=hold|bypass|fail|detach: what becomes of requests while it is gone: they
+    /// wait; they go past it, and what it misses is recorded beside the disk; they fail; or it
+    /// leaves the chain for good. A filter that changes data or answers requests holds (the
+    /// default for it) or fails; the default for those that only look, limit or copy is bypass.
     /// grant=DISK: a disk that it may issue requests to; may be repeated.
     /// param.NAME=VALUE: a parameter; `upcall filter info` lists them.
     #[arg(long, value_name = "WORDS", value_parser = FilterOnDisk::from_words,

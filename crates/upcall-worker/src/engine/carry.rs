@@ -10,6 +10,7 @@ use super::images::{Image, Images};
 use super::inflight::{Origin, Visit};
 use super::link::Sent;
 use super::message::Delivery;
+use crate::plant::is_planted;
 
 impl Engine {
     /// Does what a flight asks, and what it asks next, until it waits for somebody.
@@ -60,7 +61,7 @@ impl Engine {
             return self.go_without(number);
         }
         let again = visit.seen;
-        (visit.with, visit.seen) = (true, true);
+        (visit.with, visit.seen, visit.is_marking) = (true, true, false);
         visit.due_ns = now_ns.saturating_add(place.deadline_ns);
         self.due_at_ns = self.due_at_ns.min(visit.due_ns);
         flight.visit = Some(visit);
@@ -81,12 +82,18 @@ impl Engine {
             token: delivery.token(),
             offset: flight.range.offset(),
             length: flight.range.length(),
-            status: raw_status(up.unwrap_or(Ok(()))),
+            status: match up {
+                Some(_) if is_retry && is_planted("error-into-success") => 0,
+                up => raw_status(up.unwrap_or(Ok(()))),
+            },
             data,
             cookie: if up.is_some() { flight.cookies[slot.index()] } else { 0 },
             instance,
             ..Submission::default()
         };
+        if is_retry && is_planted("retry-twice") {
+            let _ = self.parts.links[link].send(&submission);
+        }
         match self.parts.links[link].send(&submission) {
             Sent::Queued => None,
             Sent::Answered(entry) => self.answered(link, &entry).map(|(_, action)| action),
@@ -112,7 +119,9 @@ impl Engine {
         }
         if access == DataAccess::Change && self.parts.slots[slot.index()].keeps_images {
             let page = self.parts.arenas[arena].buffers(slice, flight.range.length());
-            if again {
+            if again && is_planted("retry-without-image") {
+                // Whatever the dead instance left there.
+            } else if again {
                 Images::restore(&flight.image, &page);
             } else if flight.op == Op::Read && !up && !flight.touched {
                 flight.image = Image::Zeroes;

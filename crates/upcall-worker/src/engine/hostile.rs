@@ -174,6 +174,7 @@ impl World {
             on_failure: [OnFailure::Hold, OnFailure::Fail][index],
             deadline_ns: u64::MAX,
             keeps_images: true,
+            gaps: None,
             detached: false,
             stats: page.block(1 + index, 0),
         };

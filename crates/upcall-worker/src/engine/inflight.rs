@@ -43,6 +43,8 @@ pub(super) struct Visit {
     pub(super) with: bool,
     /// Some instance has had it: whoever gets it next gets it again.
     pub(super) seen: bool,
+    /// It goes past the slot when what the slot misses is recorded.
+    pub(super) is_marking: bool,
     /// Its place among all stays, in which they are delivered again.
     pub(super) order: u64,
     /// When it came.
@@ -67,6 +69,7 @@ impl Visit {
             up,
             with: false,
             seen: false,
+            is_marking: false,
             order,
             since_ns: now_ns,
             due_ns: u64::MAX,

@@ -154,7 +154,7 @@ impl Link {
     /// One of them has ended.
     pub(super) fn issue_ends(&mut self, instance: u32) {
         if let Some((_, count)) = self.issued.iter_mut().find(|(known, _)| *known == instance) {
-            *count -= 1;
+            *count = count.saturating_sub(1);
         }
     }
 

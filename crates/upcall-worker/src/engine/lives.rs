@@ -14,6 +14,7 @@ use super::inflight::Origin;
 use super::link::{Life, Way};
 use crate::config::LogLevel;
 use crate::hosts::{HostId, HostNews};
+use crate::plant::is_planted;
 
 impl Engine {
     /// Has a filter host killed. Requests that are with it wait for its death. `is_heard`:
@@ -89,6 +90,9 @@ impl Engine {
             .map(|(number, visit)| (visit.order, number))
             .collect();
         visitors.sort_unstable();
+        if is_planted("retry-out-of-order") {
+            visitors.reverse();
+        }
         visitors.into_iter().map(|(_, number)| number).collect()
     }
 
@@ -130,8 +134,13 @@ impl Engine {
         Some(action)
     }
 
-    /// The filter that a request is at is skipped.
+    /// The filter that a request is at is skipped, when what it misses is recorded.
     fn skip(&mut self, number: u32) -> Option<Action> {
+        if self.is_recorded(number) { self.pass_by(number) } else { None }
+    }
+
+    /// A request goes past the slot that it is at.
+    pub(super) fn pass_by(&mut self, number: u32) -> Option<Action> {
         let flight = self.flights.get_mut(number)?;
         let visit = flight.visit?;
         let chain = &self.parts.lanes[flight.lane].chain;

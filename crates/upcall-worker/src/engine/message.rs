@@ -21,7 +21,7 @@ impl Delivery {
         u64::from(self.serial) << 32 | u64::from(self.request)
     }
 
-    fn from_token(token: u64) -> Delivery {
+    pub(crate) fn from_token(token: u64) -> Delivery {
         Delivery { request: token as u32, serial: (token >> 32) as u32 }
     }
 }

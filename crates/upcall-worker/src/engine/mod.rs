@@ -12,6 +12,7 @@ mod answer;
 mod begin;
 mod carry;
 mod clock;
+mod gaps;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod hostile;
 mod images;
@@ -38,10 +39,12 @@ use rustix::time::Timespec;
 use upcall_abi::filter::ISSUED_MAX;
 use upcall_block::{Request, RequestQueue, StoreDone, StoreQueue};
 use upcall_chain::{Chain, OnFailure, SlotIndex};
+use upcall_gap::MarkDone;
 use upcall_ring::{Arena, Doorbell, Turn, Waiter};
 use upcall_stats::Block;
 
 pub(crate) use clock::Clock;
+pub(crate) use gaps::MarkGaps;
 pub(crate) use link::{Life, Link, Way};
 
 use crate::config::{LogLevel, LogSink};
@@ -101,6 +104,8 @@ pub(crate) struct Slot {
     pub(crate) deadline_ns: u64,
     /// Pages are to be put back before they are delivered again.
     pub(crate) keeps_images: bool,
+    /// Records what it misses while it is bypassed, where that is to be known.
+    pub(crate) gaps: Option<Box<dyn MarkGaps>>,
     /// Its filter has left the chain.
     pub(crate) detached: bool,
     pub(crate) stats: Block,
@@ -157,6 +162,7 @@ pub(crate) struct Engine {
     abandoned: HashMap<u64, Abandoned>,
     taken: Vec<Request>,
     stored: Vec<StoreDone>,
+    marked: Vec<MarkDone>,
     waiter: Waiter,
 }
 
@@ -182,6 +188,7 @@ impl Engine {
             abandoned: HashMap::new(),
             taken: Vec::with_capacity(BATCH),
             stored: Vec::with_capacity(BATCH),
+            marked: Vec::new(),
             waiter: Waiter::default(),
         }
     }
@@ -211,6 +218,7 @@ impl Engine {
         busy |= self.take_requests();
         busy |= self.reap_links();
         busy |= self.reap_stores();
+        busy |= self.reap_marks();
         busy |= self.check_deadlines();
         busy |= self.check_quiet();
         busy |= self.publish();
@@ -366,6 +374,9 @@ impl Engine {
         for lane in &mut self.parts.lanes {
             ready &= lane.store.before_sleep();
         }
+        for gaps in self.parts.slots.iter_mut().filter_map(|slot| slot.gaps.as_mut()) {
+            ready &= gaps.before_sleep();
+        }
         let listens = self.listens();
         if let Some(queue) = &mut self.frontend
             && listens
@@ -378,6 +389,12 @@ impl Engine {
             fds.extend(
                 stores
                     .filter_map(|lane| lane.store.doorbell())
+                    .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
+            );
+            let gaps = self.parts.slots.iter().filter_map(|slot| slot.gaps.as_ref());
+            fds.extend(
+                gaps.filter(|gaps| gaps.in_flight() > 0)
+                    .filter_map(|gaps| gaps.doorbell())
                     .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)),
             );
             if listens {

@@ -16,12 +16,13 @@ use upcall_abi::filter::ISSUE_ARENA_SIZE;
 use upcall_abi::ring::{Completion, Submission, channel_size, completion_kind};
 use upcall_block::*;
 use upcall_chain::{Chain, Class, Generation, OnFailure, SlotSpec};
+use upcall_gap::{Mark, MarkDone, MarkToken};
 use upcall_ring::channel::{Channel, HostChannel};
 use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
 use upcall_stats::{HopKind, HopSnapshot, HopSpec, Page, PageReader};
 use upcall_store::MemoryStore;
 
-use super::{Clock, Command, Engine, Lane, Life, Link, Parts, Slot, Way};
+use super::{Clock, Command, Engine, Lane, Life, Link, MarkGaps, Parts, Slot, Way};
 use crate::direct::{DirectClient, direct_queue};
 use crate::hosts::{HostId, HostNews};
 
@@ -96,6 +97,62 @@ impl Keeper {
     }
 }
 
+/// Records gaps when the test says so.
+#[derive(Clone, Default)]
+pub struct GapKeeper(pub Arc<Mutex<KeptGaps>>);
+
+/// What a [`GapKeeper`] was asked for.
+#[derive(Default)]
+pub struct KeptGaps {
+    /// Marks that were asked for and not made.
+    pub asked: Vec<(MarkToken, Range)>,
+    /// Reported at the next look.
+    pub done: Vec<MarkDone>,
+    /// Offsets of ranges that are marked.
+    pub made: Vec<u64>,
+}
+
+impl GapKeeper {
+    /// Makes all marks that were asked for, or fails to.
+    pub fn make(&self, status: Status) {
+        let mut kept = self.0.lock().unwrap();
+        for (token, range) in std::mem::take(&mut kept.asked) {
+            if status.is_ok() {
+                kept.made.push(range.offset());
+            }
+            kept.done.push(MarkDone { token, status });
+        }
+    }
+}
+
+impl MarkGaps for GapKeeper {
+    fn mark(&mut self, token: MarkToken, range: Range) -> Mark {
+        let mut kept = self.0.lock().unwrap();
+        if kept.made.contains(&range.offset()) {
+            return Mark::Already;
+        }
+        kept.asked.push((token, range));
+        Mark::Queued
+    }
+
+    fn poll(&mut self, out: &mut Vec<MarkDone>) {
+        out.append(&mut self.0.lock().unwrap().done);
+    }
+
+    fn in_flight(&self) -> usize {
+        let kept = self.0.lock().unwrap();
+        kept.asked.len() + kept.done.len()
+    }
+
+    fn doorbell(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn before_sleep(&mut self) -> bool {
+        self.0.lock().unwrap().done.is_empty()
+    }
+}
+
 /// A filter host, played by the test.
 pub struct Host {
     /// Its ends of the rings.
@@ -163,6 +220,8 @@ pub struct Making {
     pub issues: Vec<bool>,
     /// By slot: what becomes of requests while its filter is gone.
     pub on_failure: Vec<OnFailure>,
+    /// By slot: records what it misses while it is bypassed.
+    pub(crate) gaps: Vec<Option<Box<dyn MarkGaps>>>,
     /// How long a filter may have a request; 0: as long as it likes.
     pub deadline_ms: u64,
     /// Filter hosts that the engine gives up die at once; otherwise when the test says so.
@@ -178,12 +237,18 @@ pub struct Making {
 }
 
 impl Making {
+    /// What a slot misses while it is bypassed is recorded there.
+    pub fn record_gaps(&mut self, slot: usize, keeper: &GapKeeper) {
+        self.gaps[slot] = Some(Box::new(keeper.clone()));
+    }
+
     /// A chain over a store that the test completes.
     pub fn new(specs: Vec<SlotSpec>) -> (Making, Keeper) {
         let keeper = Keeper::default();
         let making = Making {
             issues: vec![false; specs.len()],
             on_failure: vec![OnFailure::Fail; specs.len()],
+            gaps: specs.iter().map(|_| None).collect(),
             deadline_ms: 0,
             kills: true,
             specs,
@@ -258,7 +323,7 @@ pub struct World {
 
 impl World {
     /// A world in which nothing has happened yet.
-    pub fn new(making: Making) -> World {
+    pub fn new(mut making: Making) -> World {
         let now_ns = Arc::new(AtomicU64::new(1));
         let clock = match making.plays_clock {
             true => Clock::Played(now_ns.clone()),
@@ -298,6 +363,7 @@ impl World {
                     ms => ms * 1_000_000,
                 },
                 keeps_images: making.on_failure[index] == OnFailure::Hold,
+                gaps: making.gaps[index].take(),
                 detached: false,
                 stats: page.block(1 + index, 0),
             });

@@ -68,8 +68,11 @@ pub(super) fn plan_chain(
             params,
             grants,
             on_failure,
+            is_policy_chosen: slot.on_failure.is_some(),
             deadline_ms,
+            state_name,
             sidecar,
+            gaps: None,
         }));
     }
     let read_only =

@@ -167,6 +167,10 @@ pub(super) fn connect_engines(
                     ms => ms.saturating_mul(1_000_000),
                 },
                 keeps_images: changes && !is_inline && slot.on_failure == OnFailure::Hold,
+                gaps: match &slot.gaps {
+                    Some(gaps) => Some(Box::new(gaps.marker().map_err(failed)?)),
+                    None => None,
+                },
                 detached: false,
                 stats: page.block(disk.first_hop + 1 + place, queue),
             });

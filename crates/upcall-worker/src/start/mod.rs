@@ -2,6 +2,7 @@
 
 mod chain;
 mod connect;
+mod gaps;
 mod nbd;
 mod open;
 mod state;
@@ -15,6 +16,7 @@ use upcall_block::Store;
 use upcall_chain::{Chain, OnFailure};
 use upcall_filterhost::HostProcess;
 use upcall_filterhost::params::Checked;
+use upcall_gap::Gaps;
 use upcall_stats::{HopKind, HopSpec, Page};
 use upcall_store::{ImageStore, MemoryStore, NullStore, RawOptions, RawStore};
 use upcall_vhost::{BlkConfig, BlkOptions, Listener};
@@ -29,6 +31,7 @@ use crate::recipe::Recipe;
 use crate::worker::{RunningEngine, Worker};
 use chain::plan_chain;
 use connect::{ArenaMemory, connect_engines, give_arena};
+use gaps::{Made, open_gaps};
 use open::{plan_instances, serve, set_up_hosts, start_engines};
 pub(crate) use state::StateFolder;
 
@@ -49,9 +52,15 @@ struct StartingSlot {
     params: Checked,
     grants: Vec<usize>,
     on_failure: OnFailure,
+    /// The operator chose the policy.
+    is_policy_chosen: bool,
     deadline_ms: u64,
+    /// What its files are called.
+    state_name: String,
     /// Its state, for each host that runs it.
     sidecar: Option<Arc<OwnedFd>>,
+    /// Where what it misses is recorded.
+    gaps: Option<Gaps>,
 }
 
 /// A disk while the worker is being put together.
@@ -113,9 +122,11 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
     let nbd_exports = nbd::exports(&nbd_servers, &starting)?;
     let page = make_page(stats, &starting, &hosts)?;
     let orders = SupervisorOrders::new().map_err(|source| system("", "make a doorbell", source))?;
+    let mut made = Made::default();
     let mut engines = Vec::new();
     let mut first = 0;
     for index in 0..starting.len() {
+        open_gaps(&mut starting[index], &hosts, &mut states[index], &mut made, &log)?;
         give_arena(&mut starting[index], index as u32, &mut hosts)?;
         let own = connect_engines(&starting, index, first, &mut hosts, &page, &orders, &log)?;
         first += own.len();
@@ -142,6 +153,7 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         disks.push(serve(disk, engines, &filter_names, drain_ms, &log)?);
     }
     let nbd = nbd::serve(nbd_servers, nbd_exports, &mut disks, &log)?;
+    made.keep();
     Ok(Worker { disks, nbd, supervisor, instances, drain_ms, log, _states: states, _page: page })
 }
 

@@ -141,6 +141,7 @@ pub(super) fn serve(
         queues: if disk.config.queues > 0 { disk.config.queues } else { engines.len() as u16 },
         summary: disk.store.describe(),
         chain: disk.slots.iter().map(|slot| filter_names[slot.host].clone()).collect(),
+        _gaps: disk.slots.into_iter().filter_map(|slot| slot.gaps).collect(),
         name: disk.name,
         store: disk.store,
         info,

@@ -1,13 +1,15 @@
 //! Where the filters of a disk keep their state: see `upcall-state`.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use upcall_gap::Gaps;
 use upcall_state::{Folder, folder_of, name_of, volatile};
 
+use super::gaps::Made;
 use super::system;
 use crate::config::{DiskConfig, LogLevel, LogSink, StoreConfig};
 use crate::error::StartError;
@@ -67,6 +69,29 @@ impl StateFolder {
                 Err(StartError::NoState { disk: disk.name.clone(), filter: filter.to_owned() })
             }
         }
+    }
+
+    /// The file in which is recorded what an instance misses, and whether it was damaged; None
+    /// where the disk is as short-lived as the record would be.
+    pub(super) fn gaps(
+        &mut self,
+        disk: &DiskConfig,
+        name: &str,
+        capacity: u64,
+        made: &mut Made,
+    ) -> Result<Option<(Gaps, bool)>, String> {
+        let path = match kept(disk).map_err(|error| error.to_string())? {
+            Kept::At(path) => path,
+            Kept::InMemory => return Ok(None),
+            Kept::Nowhere => return Err("it is a device; say with state=DIR where".into()),
+        };
+        let file = format!("{name}.gaps");
+        made.note(&path);
+        made.note(&path.join(&file));
+        let folder = self.folder(disk, path).map_err(|error| error.to_string())?;
+        let (gaps, damage) =
+            Gaps::open_in(folder.as_fd(), &file, capacity).map_err(|error| error.to_string())?;
+        Ok(Some((gaps, damage.is_some())))
     }
 
     fn folder(&mut self, disk: &DiskConfig, path: PathBuf) -> Result<&Folder, StartError> {

@@ -107,12 +107,24 @@ impl Driver {
 
     /// Sends a request whose data is at `at` of the driver's memory.
     pub fn submit(&mut self, op: Op, offset: u64, length: u32, at: usize) -> upcall_block::Tag {
+        self.submit_flags(op, offset, length, at, RequestFlags::default())
+    }
+
+    /// The same with flags.
+    pub fn submit_flags(
+        &mut self,
+        op: Op,
+        offset: u64,
+        length: u32,
+        at: usize,
+        flags: RequestFlags,
+    ) -> upcall_block::Tag {
         let data = if op.has_data() {
             Buffers::of(&self.memory, at, length as usize, true).unwrap()
         } else {
             Buffers::new()
         };
-        self.client.submit(op, self.range(offset, length), RequestFlags::default(), data)
+        self.client.submit(op, self.range(offset, length), flags, data)
     }
 
     pub fn wait(&mut self) -> (upcall_block::Tag, Status) {
@@ -170,7 +182,8 @@ impl Folder {
     pub fn filter(&self, source: &str, flags: &[&str]) -> PathBuf {
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
         let name = source.rsplit('/').next().unwrap().trim_end_matches(".c");
-        let target = self.0.join(format!("{name}{}.so", flags.concat()));
+        let told = flags.concat().replace(['/', '"'], "_");
+        let target = self.0.join(format!("{name}{told}.so"));
         let built = Command::new("cc")
             .args([
                 "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread",

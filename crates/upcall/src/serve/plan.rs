@@ -168,8 +168,8 @@ fn slot_of(spec: FilterSpec) -> SlotConfig {
         filter: spec.file,
         order: spec.order.map_or(0, |given| given.0),
         placement: spec.placement.map_or(Placement::Isolated, |given| given.0),
-        deadline_ms: None,
-        on_failure: None,
+        deadline_ms: spec.deadline_ms.map(|given| given.0.into()),
+        on_failure: spec.on_failure.map(|given| given.0),
         params: spec.params,
         grants: spec.grant,
     }

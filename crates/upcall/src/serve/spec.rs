@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde::de::value::{Error as WordError, MapDeserializer};
 use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor};
-use upcall_worker::{Engine, ImageFormat, Layer, Placement};
+use upcall_worker::{Engine, ImageFormat, Layer, OnFailure, Placement};
 
 use super::value::{Given, Mode, NbdPlace, NbdTlsUse, Size, Text, Value};
 use crate::failure::Failure;
@@ -153,6 +153,8 @@ pub struct FilterSpec {
     pub file: PathBuf,
     pub order: Option<Given<i32>>,
     pub placement: Option<Given<Placement>>,
+    pub deadline_ms: Option<Given<u32>>,
+    pub on_failure: Option<Given<OnFailure>>,
     #[serde(default, deserialize_with = "one_or_several")]
     pub grant: Vec<String>,
     #[serde(default, deserialize_with = "in_order")]
@@ -383,13 +385,16 @@ mod tests {
     #[test]
     fn every_word_of_a_filter_is_read() {
         let filter = FilterOnDisk::from_words(
-            "disk=root,file=/f.so,order=-3,placement=inline,grant=a,grant=b,param.x=1,,2,param.y=",
+            "disk=root,file=/f.so,order=-3,placement=inline,deadline-ms=250,on-failure=bypass,\
+             grant=a,grant=b,param.x=1,,2,param.y=",
         )
         .unwrap();
         assert_eq!(filter.disk, "root");
         let filter = filter.filter;
         assert_eq!(filter.order, Some(Given(-3)));
         assert_eq!(filter.placement, Some(Given(Placement::Inline)));
+        assert_eq!(filter.deadline_ms, Some(Given(250)));
+        assert_eq!(filter.on_failure, Some(Given(OnFailure::Bypass)));
         assert_eq!(filter.grant, ["a", "b"]);
         assert_eq!(filter.params, [("x".into(), "1,2".into()), ("y".into(), String::new())]);
     }
@@ -402,6 +407,8 @@ mod tests {
             ("disk=a,disk=b,file=f", "disk is given twice"),
             ("disk=a,file=f,order=first", "order: \"first\""),
             ("disk=a,file=f,placement=outside", "placement: \"outside\""),
+            ("disk=a,file=f,deadline-ms=soon", "deadline-ms: \"soon\""),
+            ("disk=a,file=f,on-failure=ignore", "on-failure: \"ignore\""),
             ("disk=a,file=f,param.=1", "param.NAME"),
             ("disk=a,file=f,params=1", "param.NAME"),
             ("disk=a,file=f,prio=1", "prio"),

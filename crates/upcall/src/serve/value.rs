@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::path::PathBuf;
 
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
+use upcall_worker::OnFailure;
 
 /// Something that an operator writes.
 pub trait Value: Sized {
@@ -73,7 +74,14 @@ macro_rules! numbers {
         }
     )* };
 }
-numbers!(u16, i32);
+numbers!(u16, u32, i32);
+
+impl Value for OnFailure {
+    fn from_text(text: &str) -> Result<OnFailure, String> {
+        OnFailure::from_name(text)
+            .ok_or_else(|| format!("{text:?} is none of hold, bypass, fail and detach"))
+    }
+}
 
 /// Bytes, or with K, M, G or T (of 1024) behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -73,7 +73,8 @@ fn table_rows(view: &View) -> Vec<TableRow<'static>> {
         if row.kind == HopKind::Request {
             rows.push(TableRow::new([Cell::from(format!("disk {}", row.disk))]).bold());
         }
-        let alarm = row.violations > 0 || row.errors > 0.0;
+        let alarm =
+            row.violations > 0 || row.errors > 0.0 || row.state != upcall_stats::Standing::Up;
         let style = if alarm { Style::new().red() } else { Style::new() };
         let mut cells = cells(row, true).map(right);
         cells[0] = Cell::from(super::text::cells(row, true)[0].clone());

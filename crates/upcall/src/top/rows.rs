@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::json;
 use upcall_block::Op;
-use upcall_stats::{HopKind, HopSnapshot};
+use upcall_stats::{HopKind, HopSnapshot, Standing};
 
 use super::View;
 
@@ -28,6 +28,15 @@ pub struct Row {
     /// Of the time of the disk's requests, the part spent at this hop.
     pub share: Option<f64>,
     pub violations: u64,
+    /// How the filter is: up, restarting, bypassed, quarantined or detached.
+    #[serde(serialize_with = "standing_name")]
+    pub state: Standing,
+    /// Since its start: how often it failed, and the longest time until it served again.
+    pub failures: u64,
+    pub longest_stall_ns: u64,
+    /// Requests delivered again, and requests that went past it.
+    pub retries: u64,
+    pub skipped: u64,
     /// The filter's own: sums since its start.
     pub counters: Vec<(String, u64)>,
 }
@@ -38,6 +47,10 @@ fn kind_name<S: serde::Serializer>(kind: &HopKind, serializer: S) -> Result<S::O
         HopKind::Filter => "filter",
         HopKind::Store => "store",
     })
+}
+
+fn standing_name<S: serde::Serializer>(state: &Standing, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(state.name())
 }
 
 /// Rows of all hops: sums, or rates since an earlier snapshot.
@@ -68,6 +81,11 @@ pub fn of(now: &[HopSnapshot], since: Option<(&[HopSnapshot], Duration)>) -> Vec
                 p999_ns: block.latency.quantile_ns(0.999),
                 share: (request_ns > 0).then(|| total.time_ns as f64 / request_ns as f64),
                 violations: hop.block.violations,
+                state: hop.health.standing,
+                failures: hop.health.failures,
+                longest_stall_ns: hop.health.longest_stall_ns,
+                retries: hop.block.retries,
+                skipped: hop.block.skipped,
                 counters: hop.counters.clone(),
             }
         })

@@ -32,6 +32,9 @@ pub fn table(view: &View) -> String {
             last = Some(&row.disk);
         }
         text += &line(&cells(row, view.seconds.is_some()));
+        if let Some(health) = health(row) {
+            text += &format!("    {health}\n");
+        }
         if let Some(counters) = counters(row) {
             text += &format!("    {counters}\n");
         }
@@ -64,6 +67,20 @@ pub fn cells(row: &Row, is_rate: bool) -> [String; 11] {
         row.share.map_or("-".into(), |share| format!("{:.0}%", share * 100.0)),
         row.violations.to_string(),
     ]
+}
+
+/// How a filter is, if it is not up or has not always been.
+pub fn health(row: &Row) -> Option<String> {
+    (row.failures > 0).then(|| {
+        format!(
+            "{}; failed {} times, longest stall {}; {} requests delivered again, {} went past it",
+            row.state.name(),
+            row.failures,
+            duration(Some(row.longest_stall_ns)),
+            row.retries,
+            row.skipped
+        )
+    })
 }
 
 /// The filter's own counters on one line.
@@ -130,5 +147,19 @@ mod tests {
         assert!(lines[3].starts_with("  xor ") && lines[3].contains(" 20% "), "{text}");
         assert_eq!(lines[4].trim(), "lines 7");
         assert!(lines[5].starts_with("  store "), "{text}");
+    }
+
+    #[test]
+    fn a_filter_that_has_failed_says_so_below_its_line() {
+        let mut hops = rows::tests::hops();
+        hops[1].health = upcall_stats::FilterHealth {
+            standing: upcall_stats::Standing::Quarantined,
+            failures: 6,
+            longest_stall_ns: 12_000_000,
+        };
+        hops[1].block.retries = 4;
+        let text = table(&View { rows: rows::of(&hops, None), seconds: None, pid: 42 });
+        let said = "    quarantined; failed 6 times, longest stall 12.0 ms; 4 requests delivered";
+        assert!(text.lines().any(|line| line.starts_with(said)), "{text}");
     }
 }

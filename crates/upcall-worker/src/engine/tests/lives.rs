@@ -464,3 +464,145 @@ fn nonsense_in_the_last_words_of_a_host_is_heard_only_so_far() {
     assert_eq!(world.ended(), [Ok(())]);
     world.assert_empty();
 }
+
+#[test]
+fn what_a_bypassed_filter_misses_is_recorded_before_it_goes_on_and_what_it_saw_is_not() {
+    let (mut making, keeper) = Making::new(vec![blind()]);
+    making.on_failure = vec![OnFailure::Bypass];
+    let gaps = GapKeeper::default();
+    making.record_gaps(0, &gaps);
+    let mut world = World::new(making);
+    world.submit(Op::Write, 0, PAGE);
+    world.submit(Op::Write, 4096, PAGE);
+    let [first, _second] = all_sent(&mut world, 0)[..] else { panic!("two submissions") };
+    world.hosts[0].answer(&first, verdict::PASS);
+    world.lose_host(0);
+    world.settle();
+    // A read and a flush change nothing; a discard and zeroes do.
+    world.submit(Op::Read, 8192, PAGE);
+    world.submit(Op::Flush, 0, 0);
+    world.submit(Op::Discard, 12288, PAGE);
+    world.submit(Op::WriteZeroes, 16384, PAGE);
+    world.settle();
+    let stored = |keeper: &Keeper| -> Vec<u64> {
+        keeper.0.lock().unwrap().ios.iter().map(|io| io.range.offset()).collect()
+    };
+    assert_eq!(stored(&keeper), [0, 8192, 0], "what changes the disk waits for its mark");
+    gaps.make(Ok(()));
+    world.settle();
+    assert_eq!(gaps.0.lock().unwrap().made, [4096, 12288, 16384]);
+    assert_eq!(stored(&keeper).len(), 6);
+    // Again at the same place: it is marked already.
+    world.submit(Op::Write, 4096, PAGE);
+    world.settle();
+    assert_eq!(stored(&keeper).len(), 7);
+    keeper.complete(Ok(()));
+    world.settle();
+    assert_eq!(world.ended(), [Ok(()); 7]);
+    world.assert_empty();
+}
+
+#[test]
+fn a_change_whose_gap_cannot_be_recorded_fails_and_says_what_to_do() {
+    let (mut making, keeper) = Making::new(vec![blind()]);
+    making.on_failure = vec![OnFailure::Bypass];
+    let gaps = GapKeeper::default();
+    making.record_gaps(0, &gaps);
+    let mut world = World::new(making);
+    world.lose_host(0);
+    world.submit(Op::Write, 0, PAGE);
+    world.settle();
+    gaps.make(Err(Errno::ENOSPC));
+    world.settle();
+    assert_eq!(world.ended(), [Err(Errno::EIO)]);
+    assert!(keeper.0.lock().unwrap().ios.is_empty());
+    assert!(world.log.lock().unwrap()[0].contains("make room"), "{:?}", world.log);
+    world.assert_empty();
+}
+
+#[test]
+fn a_completion_that_a_bypassed_filter_was_to_see_is_recorded_before_the_guest_sees_it() {
+    let (mut making, keeper) = Making::new(vec![blind()]);
+    making.on_failure = vec![OnFailure::Bypass];
+    let gaps = GapKeeper::default();
+    making.record_gaps(0, &gaps);
+    let mut world = World::new(making);
+    world.submit(Op::Write, 0, PAGE);
+    let start = world.sent(0);
+    world.hosts[0].answer(&start, verdict::WATCH);
+    world.settle();
+    world.lose_host(0);
+    world.settle();
+    keeper.complete(Ok(()));
+    world.settle();
+    assert!(world.ended().is_empty());
+    gaps.make(Ok(()));
+    world.settle();
+    assert_eq!(world.ended(), [Ok(())]);
+    world.assert_empty();
+}
+
+#[test]
+fn a_filter_that_is_back_before_its_gap_is_recorded_is_asked() {
+    let (mut making, keeper) = Making::new(vec![blind()]);
+    making.on_failure = vec![OnFailure::Bypass];
+    let gaps = GapKeeper::default();
+    making.record_gaps(0, &gaps);
+    let mut world = World::new(making);
+    world.lose_host(0);
+    world.submit(Op::Write, 0, PAGE);
+    world.settle();
+    come_back(&mut world, 0);
+    gaps.make(Ok(()));
+    let start = world.sent(0);
+    assert!(keeper.0.lock().unwrap().ios.is_empty(), "it is the filter's now");
+    world.hosts[0].answer(&start, verdict::PASS);
+    world.settle();
+    keeper.complete(Ok(()));
+    world.settle();
+    assert_eq!(world.ended(), [Ok(())]);
+    world.assert_empty();
+}
+
+#[test]
+fn an_answer_to_what_an_earlier_life_was_asked_is_none() {
+    let (mut world, keeper) = world(vec![blind()], OnFailure::Hold);
+    world.submit(Op::Write, 0, PAGE);
+    let old = world.sent(0);
+    world.lose_host(0);
+    come_back(&mut world, 0);
+    let new = world.sent(0);
+    world.hosts[0].answer(&old, verdict::PASS);
+    world.settle();
+    assert!(keeper.0.lock().unwrap().ios.is_empty());
+    assert_eq!(world.hops()[1].block.violations, 1);
+    world.hosts[0].answer(&new, verdict::PASS);
+    world.settle();
+    keeper.complete(Ok(()));
+    world.settle();
+    assert_eq!(world.ended(), [Ok(())]);
+    world.assert_empty();
+}
+
+#[test]
+fn an_issued_request_that_outlives_its_issuer_is_reported_to_nobody() {
+    let (mut world, keeper) = world(vec![observer(), blind()], OnFailure::Hold);
+    world.hosts[0].issue(5, 0, 0, PAGE, 0);
+    let below = world.sent(1);
+    world.hosts[1].answer(&below, verdict::WATCH);
+    world.settle();
+    world.lose_host(1);
+    world.settle();
+    keeper.complete(Ok(()));
+    world.settle();
+    // It waits for the filter below, which is to be told of it; that does no harm any more.
+    world.lose_host(0);
+    come_back(&mut world, 0);
+    come_back(&mut world, 1);
+    let done = world.sent(1);
+    assert_eq!((done.kind, done.flags), (submission_kind::DONE, RETRY));
+    world.hosts[1].answer(&done, verdict::PASS);
+    world.settle();
+    assert!(world.hosts[0].take().is_none());
+    world.assert_empty();
+}

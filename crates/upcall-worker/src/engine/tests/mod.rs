@@ -4,6 +4,8 @@ mod data;
 mod ending;
 mod lives;
 mod model;
+#[cfg(feature = "plant")]
+mod plants;
 
 use std::time::{Duration, Instant};
 

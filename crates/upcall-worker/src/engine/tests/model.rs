@@ -1,11 +1,13 @@
 //! Random requests through a chain of filters that watch, change, copy to a second disk and
-//! hold, above stores that complete late and in any order, compared with a simple model.
+//! hold, above stores that complete late and in any order, compared with a simple model. In
+//! half of the worlds filter hosts die at every step of their work and others take their place:
+//! the guest must not notice.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use upcall_abi::filter::verdict;
-use upcall_abi::ring::{Submission, submission_kind};
+use upcall_abi::filter::{request_flag::RETRY, verdict};
+use upcall_abi::ring::{NO_DATA, Submission, submission_kind};
 use upcall_block::*;
 use upcall_chain::{Class, OnFailure, SlotSpec};
 use upcall_ring::Buffers;
@@ -65,6 +67,11 @@ struct Play {
     cookies: HashMap<u64, u64>,
     completed: usize,
     lost: bool,
+    /// Hosts die and come back.
+    mortal: bool,
+    down: [bool; 4],
+    deaths: usize,
+    may_fail: bool,
 }
 
 fn slot(class: Class, ops: OpSet, sees: OpSet, changes: OpSet) -> SlotSpec {
@@ -75,6 +82,7 @@ impl Play {
     fn new(seed: u64) -> Play {
         let mut random = Random(seed);
         let errors_per_mille = if random.one_in(3) { 30 } else { 0 };
+        let mortal = random.one_in(2);
         let mut lane = |store: &Arc<MemoryStore>| {
             let faults = Faults { errors_per_mille, ..Faults::reordering(random.below(1 << 60)) };
             let store = FaultyStore::new(store.clone(), faults);
@@ -94,7 +102,8 @@ impl Play {
             entries: [4, 64][random.below(2) as usize],
             pages: [8, 100][random.below(2) as usize],
             plays_clock: true,
-            on_failure: vec![OnFailure::Fail; 4],
+            on_failure: vec![if mortal { OnFailure::Hold } else { OnFailure::Fail }; 4],
+            gaps: [(); 4].map(|()| None).into(),
             deadline_ms: 0,
             kills: true,
         };
@@ -113,6 +122,10 @@ impl Play {
             cookies: HashMap::new(),
             completed: 0,
             lost: false,
+            mortal,
+            down: [false; 4],
+            deaths: 0,
+            may_fail: errors_per_mille > 0 || !mortal,
         }
     }
 
@@ -147,6 +160,7 @@ impl Play {
     fn complete(&mut self, tag: Tag, status: Status) {
         let pending = self.pending.remove(&tag.0).expect("each request completes once");
         self.completed += 1;
+        assert!(status.is_ok() || self.may_fail, "a death is no error: {status:?}");
         let Some(zone) = pending.zone else { return };
         self.busy[zone as usize] = false;
         for number in 0..pending.sectors {
@@ -180,7 +194,41 @@ impl Play {
 
     /// One filter host takes an entry and acts on it.
     fn act(&mut self, host: usize) {
+        if self.down[host] {
+            return;
+        }
         let Some(entry) = self.world.hosts[host].take() else { return };
+        let dies = self.mortal && self.random.one_in(50);
+        let when = self.random.below(3);
+        if dies && when == 1 && host == CHANGER {
+            // Half way through.
+            let half = vec![self.random.below(256) as u8; entry.length as usize / 2];
+            if entry.data != NO_DATA {
+                self.world.arena.write(entry.data as usize, &half).unwrap();
+            }
+        }
+        if !dies || when == 2 {
+            self.work(host, entry);
+        }
+        if dies {
+            self.die(host);
+        }
+    }
+
+    /// A host dies; what it said just before is in its ring.
+    fn die(&mut self, host: usize) {
+        match host {
+            WATCHER => self.cookies.clear(),
+            COPIER => self.copying.clear(),
+            HOLDER => self.held.clear(),
+            _ => {}
+        }
+        self.down[host] = true;
+        self.deaths += 1;
+        self.world.lose_host(host);
+    }
+
+    fn work(&mut self, host: usize, entry: Submission) {
         let goes_down = entry.kind == submission_kind::START;
         let (pass, data) = (verdict::PASS, matches!(entry.op, 1 | 2));
         let hosts = &mut self.world.hosts;
@@ -191,7 +239,12 @@ impl Play {
                 hosts[host].answer_with(&entry, verdict::WATCH, 0, cookie);
             }
             WATCHER => {
-                assert_eq!(self.cookies.remove(&(entry.token & 0xffff_ffff)), Some(entry.cookie));
+                let cookie = self.cookies.remove(&(entry.token & 0xffff_ffff));
+                if entry.flags & RETRY == 0 {
+                    assert_eq!(cookie, Some(entry.cookie));
+                } else {
+                    assert_eq!(entry.cookie, 0, "that of an instance that is gone");
+                }
                 hosts[host].answer_with(&entry, pass, entry.status, 0);
             }
             CHANGER => {
@@ -229,6 +282,11 @@ impl Play {
     }
 
     fn step(&mut self, submits: bool) {
+        let host = self.random.below(40) as usize;
+        if host < 4 && self.down[host] && self.world.is_quiet(host) {
+            self.world.return_host(host);
+            self.down[host] = false;
+        }
         match self.random.below(8) {
             0 | 1 if submits => self.submit(),
             2..=5 => {
@@ -262,16 +320,17 @@ impl Play {
         while self.world.hosts[host].take().is_some() {}
     }
 
-    fn run(mut self) {
-        let loses = self.random.one_in(4).then(|| self.random.below(3000));
+    fn run(mut self) -> usize {
+        let loses = (!self.mortal && self.random.one_in(2)).then(|| self.random.below(3000));
         for step in 0..3000 {
             self.step(true);
             if loses == Some(step) {
                 self.lose();
             }
         }
+        self.mortal = false;
         for _ in 0..200_000 {
-            if self.pending.is_empty() && self.copying.is_empty() {
+            if self.pending.is_empty() && self.copying.is_empty() && self.down == [false; 4] {
                 break;
             }
             if self.lost && self.pending.is_empty() {
@@ -313,6 +372,7 @@ impl Play {
                 assert_eq!(copy.read_array(at), Some([byte ^ KEY; SECTOR]), "copy of {sector}");
             }
         }
+        self.deaths
     }
 }
 
@@ -322,8 +382,17 @@ fn whatever_the_guest_the_filters_and_the_stores_do_data_is_as_in_the_model() {
         Ok(seed) => vec![seed.parse().expect("UPCALL_SEED is a number")],
         Err(_) => (0..150).collect::<Vec<u64>>(),
     };
+    let (count, mut deaths, begun) = (seeds.len(), 0, std::time::Instant::now());
     for seed in seeds {
-        let played = std::panic::catch_unwind(|| Play::new(seed).run());
-        assert!(played.is_ok(), "failed with UPCALL_SEED={seed}");
+        match std::panic::catch_unwind(|| Play::new(seed).run()) {
+            Ok(died) => deaths += died,
+            Err(_) => panic!("failed with UPCALL_SEED={seed}"),
+        }
     }
+    assert!(count == 1 || deaths > count, "only {deaths} deaths");
+    let seconds = begun.elapsed().as_secs_f64();
+    println!(
+        "ledger: {{\"kind\":\"engine model, hosts die and come back\",\"seeds\":{count},\
+         \"faults\":{deaths},\"seconds\":{seconds:.1},\"result\":\"ok\"}}"
+    );
 }

@@ -1,0 +1,213 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+/*
+ * A filter that dies or hangs at a named point of its work. What it does else: it multiplies
+ * each byte of a write by 3, and undoes that in reads, so that zeroes stay zeroes and a page
+ * that is changed twice is seen. The points are in a file that the test writes (-DTRIGGER).
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <upcall/filter.h>
+
+#define ALL 0x3eu
+#define RW (UPCALL_OP_BIT(UPCALL_READ) | UPCALL_OP_BIT(UPCALL_WRITE))
+
+/* As in recovery.rs. */
+enum {
+    NOWHERE, START, HALF, CHANGED, HELD, HELD_HALF, HELD_CHANGED, ANSWERED, ISSUE_BEFORE,
+    ISSUE_AFTER, ISSUE_DONE, DONE, DONE_HALF, DONE_CHANGED, DONE_HELD, DONE_ANSWERED, OPEN, LOAD,
+};
+enum { KILL, STOP, SPIN };
+
+/* Written by the test while nothing is in flight. */
+struct trigger {
+    _Atomic uint32_t at; /* of the points, the next one; taken by one thread */
+    uint32_t how;
+    uint32_t op;         /* 0: any */
+    uint32_t points[5];
+};
+
+static const struct upcall_services *up;
+static struct trigger *trigger;
+
+static void die(void)
+{
+    if (trigger->how == KILL)
+        kill(getpid(), SIGKILL);
+    if (trigger->how == STOP)
+        kill(getpid(), SIGSTOP);
+    for (;;)
+        if (trigger->how != SPIN)
+            pause();
+}
+
+static uint32_t next_point(uint32_t op)
+{
+    uint32_t at = atomic_load(&trigger->at);
+    if (at >= 5 || (op && trigger->op && trigger->op != op))
+        return NOWHERE;
+    return trigger->points[at];
+}
+
+static void reach(uint32_t point, uint32_t op)
+{
+    uint32_t at = atomic_load(&trigger->at);
+    if (at >= 5 || next_point(op) != point)
+        return;
+    if (atomic_compare_exchange_strong(&trigger->at, &at, at + 1))
+        die();
+}
+
+static void change(unsigned char *data, uint32_t length, unsigned char factor)
+{
+    for (uint32_t i = 0; i < length; i++)
+        data[i] = (unsigned char)(data[i] * factor);
+}
+
+/* Changes the data, and may die before, in the middle, and after. */
+static void work(struct upcall_request *req, int changes, unsigned char factor, uint32_t half,
+                 uint32_t whole)
+{
+    uint32_t length = changes && req->data ? req->length : 0;
+    unsigned char *data = req->data;
+    if (length)
+        change(data, length / 2, factor);
+    reach(half, req->op);
+    if (length)
+        change(data + length / 2, length - length / 2, factor);
+    reach(whole, req->op);
+}
+
+struct doomed {
+    struct upcall_instance *inst;
+};
+
+static int32_t doomed_load(const struct upcall_services *services)
+{
+    up = services;
+    int fd = open(TRIGGER, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    void *at = mmap(NULL, sizeof(struct trigger), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (at == MAP_FAILED)
+        return -errno;
+    trigger = at;
+    reach(LOAD, 0);
+    return 0;
+}
+
+static int32_t doomed_open(struct upcall_instance *inst, void **self)
+{
+    struct doomed *d = calloc(1, sizeof *d);
+    if (!d)
+        return -ENOMEM;
+    d->inst = inst;
+    *self = d;
+    reach(OPEN, 0);
+    return 0;
+}
+
+static void doomed_close(void *self) { free(self); }
+
+static void held_start(void *arg)
+{
+    struct upcall_request *req = arg;
+    uint32_t op = req->op;
+    reach(HELD, op);
+    work(req, op == UPCALL_WRITE, 3, HELD_HALF, HELD_CHANGED);
+    up->answer(req, UPCALL_WATCH, 0);
+    reach(ANSWERED, op);
+}
+
+static void held_done(void *arg)
+{
+    struct upcall_request *req = arg;
+    uint32_t op = req->op;
+    reach(DONE_HELD, op);
+    work(req, op == UPCALL_READ && req->status == 0, 171, NOWHERE + 100, NOWHERE + 100);
+    up->answer(req, UPCALL_PASS, req->status);
+    reach(DONE_ANSWERED, op);
+}
+
+static void issued(void *arg, int32_t status)
+{
+    struct upcall_request *req = arg;
+    uint32_t op = req->op;
+    reach(ISSUE_DONE, op);
+    work(req, op == UPCALL_WRITE, 3, NOWHERE + 100, NOWHERE + 100);
+    up->answer(req, status ? UPCALL_FAIL : UPCALL_WATCH, status);
+}
+
+static uint32_t doomed_start(void *self, struct upcall_request *req)
+{
+    struct doomed *d = self;
+    reach(START, req->op);
+    uint32_t next = next_point(req->op);
+    if (next >= HELD && next <= ANSWERED) {
+        if (up->run_blocking(d->inst, held_start, req))
+            abort();
+        return UPCALL_HOLD;
+    }
+    if (next >= ISSUE_BEFORE && next <= ISSUE_DONE) {
+        struct upcall_issue io;
+        memset(&io, 0, sizeof io);
+        io.size = sizeof io;
+        io.op = UPCALL_FLUSH;
+        io.done = issued;
+        io.arg = req;
+        reach(ISSUE_BEFORE, req->op);
+        uint32_t op = req->op;
+        if (up->issue(d->inst, &io))
+            abort();
+        reach(ISSUE_AFTER, op);
+        return UPCALL_HOLD;
+    }
+    work(req, req->op == UPCALL_WRITE, 3, HALF, CHANGED);
+    return UPCALL_WATCH;
+}
+
+static uint32_t doomed_done(void *self, struct upcall_request *req)
+{
+    struct doomed *d = self;
+    reach(DONE, req->op);
+    uint32_t next = next_point(req->op);
+    if (next == DONE_HELD || next == DONE_ANSWERED) {
+        if (up->run_blocking(d->inst, held_done, req))
+            abort();
+        return UPCALL_HOLD;
+    }
+    work(req, req->op == UPCALL_READ && req->status == 0, 171, DONE_HALF, DONE_CHANGED);
+    return UPCALL_PASS;
+}
+
+static void doomed_cancel(void *self, void *context)
+{
+    (void)self;
+    (void)context;
+}
+
+UPCALL_EXPORT_FILTER = {
+    .size = sizeof(struct upcall_filter),
+    .abi_version = UPCALL_ABI_VERSION,
+    .name = NAME,
+    .version = "1",
+    .vendor = "upcall",
+    .summary = "Dies where it is told, for tests",
+    .filter_class = UPCALL_CLASS_ENCRYPTION,
+    .flags = UPCALL_FILTER_ISSUES,
+    .ops = ALL,
+    .sees = RW,
+    .changes = RW,
+    .load = doomed_load,
+    .open = doomed_open,
+    .close = doomed_close,
+    .start_io = doomed_start,
+    .io_done = doomed_done,
+    .cancel = doomed_cancel,
+};
