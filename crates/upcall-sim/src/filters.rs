@@ -223,6 +223,8 @@ struct Desk {
     owed_at: usize,
     /// In the order in which they came.
     order: Vec<Submission>,
+    /// Those that came to dead instances.
+    earlier: BTreeSet<(u64, u64)>,
     /// Writes of the guest whose verdict it gave, in this life or an earlier one.
     answered: BTreeSet<(u64, u64)>,
 }
@@ -347,12 +349,15 @@ impl Process {
             true => BTreeSet::new(),
             false => std::mem::take(&mut desk.answered),
         };
-        *desk = Desk { owed, answered, ..Desk::default() };
+        let mut earlier = std::mem::take(&mut desk.earlier);
+        earlier.append(&mut desk.seen);
+        *desk = Desk { owed, answered, earlier, ..Desk::default() };
     }
 
     /// Requests of the guest that it has seen at a place.
     pub fn seen(&self, place: usize) -> impl Iterator<Item = u64> {
-        self.desks[place].seen.iter().map(|(request, _)| *request)
+        let desk = &self.desks[place];
+        desk.seen.iter().chain(&desk.earlier).map(|(request, _)| *request)
     }
 
     /// It is dead, at all its places; see [`die`](Self::die).
@@ -567,7 +572,9 @@ impl Turn<'_, '_> {
             );
             self.desk().writes.insert(number(entry), (request, entry.offset));
             let new = self.desk().seen.insert((request, entry.offset));
-            let new = new && !self.view.seen_before.contains(&request);
+            let new = new
+                && !self.view.seen_before.contains(&request)
+                && !self.desk().earlier.contains(&(request, entry.offset));
             assert!(
                 new || is_retry(entry),
                 "a {} sees request {request} twice, unmarked: {entry:?}",
