@@ -206,6 +206,11 @@ impl Medium {
         self.lock().cut_power();
     }
 
+    /// Requests that it has, and has not completed.
+    pub fn in_flight(&self) -> usize {
+        self.lock().pending.len()
+    }
+
     /// What a sector holds.
     pub fn sector(&self, sector: usize) -> Bytes {
         self.lock().current[sector]

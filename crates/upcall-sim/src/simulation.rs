@@ -22,7 +22,7 @@ use crate::coverage::Coverage;
 use crate::disk::{Disk, Excuse};
 use crate::filters::{Acted, Place, Process, Role, Step, Tools, View};
 use crate::guest::{Kind, Outcome, Request, SECTORS_MAX};
-use crate::medium::{Canary, Weather};
+use crate::medium::{Canary, Medium, Weather};
 use crate::plan::Plan;
 use crate::random::Random;
 use crate::spy::{Notes, Spy};
@@ -616,6 +616,13 @@ impl Simulation {
             let (role, policy) = (process.role, process.on_failure);
             for Place { engine, slot } in process.places.clone() {
                 let seat = &mut self.seats[engine];
+                // All that the second disk has are copies, and those of the dead would come
+                // after newer ones.
+                let late = self.disks[seat.disk].second.as_ref().map_or(0, Medium::in_flight);
+                assert!(
+                    role != Role::Splitter || late == 0,
+                    "the next splitter comes, and {late} writes of the dead one can come late"
+                );
                 seat.world.return_host(slot);
                 self.disks[seat.disk].return_filter(role, policy, self.now_ns);
             }
