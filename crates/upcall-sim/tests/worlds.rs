@@ -1,6 +1,8 @@
 //! Simulated worlds, as many as fit into a minute of an unoptimised build. The long
 //! campaign is the program of this crate.
 
+use std::process::Command;
+
 use upcall_sim::{Campaign, Plant, Run, find_plant, run_world};
 
 /// How many worlds: UPCALL_SIM_SEEDS, or 300.
@@ -40,5 +42,32 @@ fn the_bugs_of_others_planted_again_are_seen() {
         let found = find_plant(plant, 0, 400);
         let (seed, wrong) = found.unwrap_or_else(|| panic!("{name}: nobody noticed"));
         println!("{name}: seed {seed}: {}", wrong.lines().next().unwrap_or_default());
+    }
+}
+
+/// These are planted by the environment, so each has a process of its own. Not here:
+/// "bypass-without-mark" (no gap file is in these worlds) and "verdict-of-the-dead" (the dead
+/// do not talk here); the worker's own tests see both.
+#[test]
+fn bugs_planted_in_the_worker_are_seen() {
+    let names = [
+        "error-into-success",
+        "report-to-the-next",
+        "retry-out-of-order",
+        "retry-twice",
+        "retry-without-image",
+    ];
+    for name in names {
+        let output = Command::new(env!("CARGO_BIN_EXE_upcall-sim"))
+            .args(["--seeds", "100"])
+            .env("UPCALL_PLANT", name)
+            .env_remove("UPCALL_SEED")
+            .output()
+            .expect("the simulator runs");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{name}: nobody noticed\n{text}");
+        let seen = text.lines().find(|line| line.starts_with("seed "));
+        let seen = seen.unwrap_or_else(|| panic!("{name}: no world failed\n{text}"));
+        println!("{name}: {seen}");
     }
 }
