@@ -135,6 +135,7 @@ pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
         placement: link.placement,
         deadline_ms: None,
         on_failure: None,
+        memory_bytes: None,
         params: link.mode.map(|mode| ("mode".to_owned(), mode.to_owned())).into_iter().collect(),
         grants: Vec::new(),
     };

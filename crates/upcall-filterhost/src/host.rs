@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use upcall_abi::WIRE_VERSION;
 use upcall_abi::control::{DESCRIPTORS_MAX, Disk, Header, MESSAGE_MAX, kind};
 
+use crate::bounds::Bounds;
 use crate::counters::Counters;
 use crate::description::Description;
 use crate::error::FilterError;
@@ -235,6 +236,16 @@ impl HostProcess {
             }
             Answer::Result { errno, text } => Err(self.refused(STEP, errno, text)),
         }
+    }
+
+    /// Says what the host may use from now on, before it is given what they count. One that
+    /// runs inline has no bounds but ours.
+    pub fn bound(&mut self, bounds: &Bounds) -> Result<(), FilterError> {
+        let bounded = match &self.engine {
+            Engine::Isolated(child) => child.bound(bounds),
+            Engine::Inline(_) => Ok(()),
+        };
+        bounded.map_err(|error| self.system("bound its filter host", error))
     }
 
     /// Gives the arena of disk `disk`: `size` bytes, mapped for writing only if `writable`.

@@ -4,7 +4,7 @@
 //! be missing, nor of another version, nor be changed. The new process has an empty
 //! environment, its own process group (a Ctrl-C for us is not one for it: we drain first),
 //! and exactly these descriptors: 0 `/dev/null`, 1 and 2 our standard error, 3 the control
-//! socket, 4 the filter.
+//! socket, 4 the filter. From its first instruction it is bounded, see `bounds.rs`.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -20,6 +20,7 @@ use rustix::process::{Pid, PidfdFlags};
 
 use upcall_abi::control::{FILTER_FD, SOCKET_FD};
 
+use crate::bounds::{self, Bounds};
 use crate::file::Width;
 use crate::socket::wait_readable;
 
@@ -78,6 +79,13 @@ impl HostChild {
 
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Sets its bounds for good.
+    pub(crate) fn bound(&self, bounds: &Bounds) -> io::Result<()> {
+        // Not yet waited for, so the id is still its own.
+        let pid = Pid::from_raw(self.id() as i32).ok_or(io::ErrorKind::InvalidInput)?;
+        bounds::impose(pid, bounds)
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
@@ -185,7 +193,7 @@ fn spawn(program: &OwnedFd, socket: &OwnedFd, filter: &OwnedFd, title: &Path) ->
     let (socket, filter) = (socket.as_raw_fd(), filter.as_raw_fd());
     // SAFETY: between fork and exec this makes system calls only; it neither allocates nor
     // locks. The descriptors are open: the caller holds them until the child has executed.
-    unsafe { command.pre_exec(move || keep_only(socket, filter)) };
+    unsafe { command.pre_exec(move || keep_only(socket, filter).and_then(|()| bounds::begin())) };
     // The standard library reports a failed exec through a pipe of its own, which must not
     // get the numbers that the child is about to replace.
     let _reserved = occupy_given()?;

@@ -3,6 +3,7 @@
 //! * [`FilterFile`]: a shared object, opened and looked at from outside.
 //! * [`HostProcess`]: a filter host, and the dialogue on its control socket
 //!   ([`upcall_abi::control`] is the contract).
+//! * [`Bounds`]: what a filter host may use of the machine.
 //! * [`Description`]: what the filter says about itself, checked.
 //! * [`params`]: what the operator gave for it, checked, files opened.
 //! * [`Counters`]: what the filter counts.
@@ -12,6 +13,7 @@
 //! filter host says is hostile: bounded, checked, cleaned. Requests do not pass through
 //! here; their rings are [`upcall_ring::channel`].
 
+mod bounds;
 mod counters;
 mod description;
 mod error;
@@ -23,6 +25,7 @@ pub mod params;
 mod socket;
 mod text;
 
+pub use bounds::Bounds;
 pub use counters::Counters;
 pub use description::{CLASSES, Description};
 pub use error::FilterError;

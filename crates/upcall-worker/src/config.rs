@@ -191,6 +191,9 @@ pub struct SlotConfig {
     /// What becomes of requests while it is gone. None: what is usual for its class. A
     /// filter in the worker is not started again: what needs it then fails.
     pub on_failure: Option<OnFailure>,
+    /// Private memory of its filter host, which all disks with this filter share: the most
+    /// that one of them says counts. None: 256 MiB. A filter in the worker has no bound.
+    pub memory_bytes: Option<u64>,
     /// Parameters, as the operator wrote them.
     pub params: Vec<(String, String)>,
     /// Names of disks it may issue requests to, in the order it will number them, from 1.

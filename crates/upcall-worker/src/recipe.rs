@@ -13,7 +13,8 @@ use upcall_abi::filter::ISSUE_ARENA_SIZE;
 use upcall_chain::OnFailure;
 use upcall_filterhost::params::Checked;
 use upcall_filterhost::{
-    Counters, Description, FilterError, FilterFile, HostProcess, LogSink, OpenInstance, Placement,
+    Bounds, Counters, Description, FilterError, FilterFile, HostProcess, LogSink, OpenInstance,
+    Placement,
 };
 use upcall_ring::channel::Channel;
 use upcall_ring::{Access, Doorbell, Mapping, memfd};
@@ -29,6 +30,8 @@ pub(crate) struct Recipe {
     pub(crate) file: FilterFile,
     pub(crate) placement: Placement,
     pub(crate) log: LogSink,
+    /// Its private memory, if it was said: the most that one of its instances asks for.
+    pub(crate) memory_bytes: Option<u64>,
     pub(crate) description: Description,
     pub(crate) arenas: Vec<GivenArena>,
     /// By number.
@@ -94,6 +97,7 @@ impl Recipe {
             file,
             placement,
             log,
+            memory_bytes: None,
             description,
             arenas: Vec::new(),
             channels: Vec::new(),
@@ -122,6 +126,7 @@ impl Recipe {
     /// Gives a filter host that has described itself everything, up to the point at which it
     /// serves.
     pub(crate) fn set_up(&self, process: &mut HostProcess) -> Result<SetUp, StartError> {
+        process.bound(&self.bounds()).map_err(|source| self.failed("", source))?;
         for arena in &self.arenas {
             process
                 .arena(arena.number, arena.fd.as_fd(), arena.size, arena.writable)
@@ -139,6 +144,15 @@ impl Recipe {
         }
         process.serve().map_err(|source| self.failed("", source))?;
         Ok(SetUp { ways, counters })
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            memory_bytes: self.memory_bytes.unwrap_or(Bounds::MEMORY_BYTES),
+            channels: self.channels.len(),
+            arenas: self.arenas.len() + 1, // that of what it issues
+            instances: self.instances.len(),
+        }
     }
 
     fn give_issue_arena(

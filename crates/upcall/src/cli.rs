@@ -203,6 +203,8 @@ pub struct ServeArgs {
     /// wait; they go past it, and what it misses is recorded beside the disk; they fail; or it
     /// leaves the chain for good. A filter that changes data or answers requests holds (the
     /// default for it) or fails; the default for those that only look, limit or copy is bypass.
+    /// memory=256M: how much private memory its process may have; a filter that wants more is
+    /// told that there is none. Disks with the same filter share it, and the most counts.
     /// grant=DISK: a disk that it may issue requests to; may be repeated.
     /// param.NAME=VALUE: a parameter; `upcall filter info` lists them.
     #[arg(long, value_name = "WORDS", value_parser = FilterOnDisk::from_words,

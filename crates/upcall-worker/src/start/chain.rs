@@ -30,7 +30,9 @@ pub(super) fn plan_chain(
     let mut specs = Vec::new();
     for slot in &config.chain {
         let host = host_of(disk, &slot.filter, slot.placement, hosts, log)?;
-        let description = &hosts[host].recipe.description;
+        let recipe = &mut hosts[host].recipe;
+        recipe.memory_bytes = recipe.memory_bytes.max(slot.memory_bytes);
+        let description = &recipe.description;
         let params = params::check(description, &slot.params)
             .map_err(|source| StartError::Param { disk: disk.clone(), source: Box::new(source) })?;
         let grants = slot

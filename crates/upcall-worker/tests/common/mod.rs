@@ -60,6 +60,7 @@ pub fn slot(filter: &std::path::Path) -> SlotConfig {
         placement: Placement::Isolated,
         deadline_ms: None,
         on_failure: None,
+        memory_bytes: None,
         params: Vec::new(),
         grants: Vec::new(),
     }

@@ -154,6 +154,7 @@ fn disks(target: &Target) -> Vec<DiskConfig> {
         // A check has its own patience, and what fails here must be seen.
         deadline_ms: Some(0),
         on_failure: Some(OnFailure::Fail),
+        memory_bytes: None,
         params: target.params.clone(),
         grants: granted.clone(),
     };

@@ -170,6 +170,7 @@ fn slot_of(spec: FilterSpec) -> SlotConfig {
         placement: spec.placement.map_or(Placement::Isolated, |given| given.0),
         deadline_ms: spec.deadline_ms.map(|given| given.0.into()),
         on_failure: spec.on_failure.map(|given| given.0),
+        memory_bytes: spec.memory.map(|given| given.0.0),
         params: spec.params,
         grants: spec.grant,
     }

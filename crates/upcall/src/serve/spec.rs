@@ -87,6 +87,7 @@ impl DiskSpec {
         if self.fd.is_some() && self.mode.is_some() {
             return Err(format!("disk {name}: the mode of an inherited socket is its maker's"));
         }
+        self.filter.iter().try_for_each(FilterSpec::check)?;
         self.check_nbd()?;
         if self.file.is_none() && (self.direct.is_some() || self.engine.is_some()) {
             return Err(format!("disk {name}: direct and engine are for disks with file"));
@@ -155,10 +156,29 @@ pub struct FilterSpec {
     pub placement: Option<Given<Placement>>,
     pub deadline_ms: Option<Given<u32>>,
     pub on_failure: Option<Given<OnFailure>>,
+    pub memory: Option<Given<Size>>,
     #[serde(default, deserialize_with = "one_or_several")]
     pub grant: Vec<String>,
     #[serde(default, deserialize_with = "in_order")]
     pub params: Vec<Word>,
+}
+
+impl FilterSpec {
+    /// With less, no filter host starts.
+    const MEMORY_MIN: Size = Size(16 << 20);
+
+    fn check(&self) -> Result<(), String> {
+        let file = self.file.display();
+        match (self.memory, self.placement) {
+            (Some(_), Some(Given(Placement::Inline))) => {
+                Err(format!("filter {file}: memory is for filters in a process of their own"))
+            }
+            (Some(Given(size)), _) if size.0 < FilterSpec::MEMORY_MIN.0 => {
+                Err(format!("filter {file}: memory must be at least 16M"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A filter and the name of the disk it is for: one `--filter`.
@@ -185,6 +205,7 @@ impl FilterOnDisk {
         }
         let disk = disk.ok_or("disk=NAME is missing: which disk is it for?")?;
         let filter = FilterSpec { grant: grants, params, ..from_words(rest)? };
+        filter.check()?;
         Ok(FilterOnDisk { disk, filter })
     }
 
@@ -395,8 +416,11 @@ mod tests {
         assert_eq!(filter.placement, Some(Given(Placement::Inline)));
         assert_eq!(filter.deadline_ms, Some(Given(250)));
         assert_eq!(filter.on_failure, Some(Given(OnFailure::Bypass)));
+        assert_eq!(filter.memory, None);
         assert_eq!(filter.grant, ["a", "b"]);
         assert_eq!(filter.params, [("x".into(), "1,2".into()), ("y".into(), String::new())]);
+        let filter = FilterOnDisk::from_words("disk=root,file=/f.so,memory=64M").unwrap().filter;
+        assert_eq!(filter.memory, Some(Given(Size(64 << 20))));
     }
 
     #[test]
@@ -409,6 +433,9 @@ mod tests {
             ("disk=a,file=f,placement=outside", "placement: \"outside\""),
             ("disk=a,file=f,deadline-ms=soon", "deadline-ms: \"soon\""),
             ("disk=a,file=f,on-failure=ignore", "on-failure: \"ignore\""),
+            ("disk=a,file=f,memory=much", "memory: \"much\""),
+            ("disk=a,file=f,memory=64K", "at least 16M"),
+            ("disk=a,file=f,memory=64M,placement=inline", "process of their own"),
             ("disk=a,file=f,param.=1", "param.NAME"),
             ("disk=a,file=f,params=1", "param.NAME"),
             ("disk=a,file=f,prio=1", "prio"),
