@@ -140,11 +140,14 @@ fn a_filter_that_dies_of_its_bound_is_its_own_disks_failure() {
 #[test]
 fn a_filter_that_floods_the_log_does_not_stop_its_disk_or_another() {
     let mut table = Table::laid("log", patient());
+    let began = Instant::now();
     assert_eq!(table.eats.run(Op::Read, 0, 4096), Ok(()));
     std::thread::sleep(Duration::from_secs(1));
     table.other_goes_on();
+    // A hundred a second, and how many were dropped; a second may have begun just before.
     let lines = table.log.0.lock().unwrap().len();
-    assert!(lines < 1000, "{lines} lines in a second");
+    let lines_max = 101 * (2 + began.elapsed().as_secs() as usize) + 10;
+    assert!(lines <= lines_max, "{lines} lines in {:?}", began.elapsed());
     table.cleared();
 }
 
