@@ -133,6 +133,40 @@ fn what_was_written_and_not_flushed_survives_the_worker() {
     Kind::QCOW2.expect_sound(&image);
 }
 
+/// The next worker begins when the daemon of the dead one has written it.
+#[test]
+fn what_was_written_and_not_flushed_survives_a_worker_that_is_started_again() {
+    let scratch = Scratch::new();
+    let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
+    let words = Kind::QCOW2.words(&image);
+    let disk = format!("name=root,socket={},queues=2,direct=off{words}", scratch.text("d.sock"));
+    let args = ["--restart", "--restart-pause-ms", "1", "--disk", disk.as_str()];
+    let server = Server::start(&scratch, &args);
+    let worker = || {
+        let words = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline"));
+        let is_worker = |pid: &i32| words(pid).is_ok_and(|words| words.contains("--supervised"));
+        server.children().into_iter().find(is_worker)
+    };
+    for round in 0..4u8 {
+        let mut driver = connect(&scratch);
+        for old in 0..round {
+            let at = u64::from(old) * (1 << 20);
+            assert_eq!(driver.read(0, at, 65536), vec![old + 1; 65536], "round {round}");
+        }
+        driver.write(0, u64::from(round) * (1 << 20), &vec![round + 1; 65536]);
+        let old = worker().expect("a worker");
+        kill_process(Pid::from_raw(old).unwrap(), Signal::KILL).unwrap();
+        drop(driver);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while worker().is_none_or(|new| new == old) {
+            assert!(Instant::now() < deadline, "no worker comes back");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    server.stop();
+    Kind::QCOW2.expect_sound(&image);
+}
+
 /// `UPCALL_KILLS` for a campaign.
 #[test]
 fn a_daemon_that_is_killed_again_and_again_costs_no_byte_and_no_error() {

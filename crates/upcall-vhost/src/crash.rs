@@ -1,7 +1,7 @@
 //! Where a test lets the worker die: before any store to memory that outlives it.
 //!
 //! Each store to a guest's ring, to a status byte or to an in-flight region passes
-//! [`point`]. A test that arms the countdown of its thread sees the store not happen and the
+//! `point`. A test that arms the countdown of its thread sees the store not happen and the
 //! thread unwind, as if it had been killed there; what was stored before stays. Without the
 //! feature `mock` there is nothing here, and nothing is compiled into the stores.
 

@@ -112,10 +112,11 @@ fn a_disk_in_memory_keeps_state_in_memory_and_says_so_unless_it_has_a_folder() {
 }
 
 #[test]
-fn a_filter_that_keeps_nothing_leaves_no_folder() {
+fn a_filter_that_keeps_nothing_and_is_never_bypassed_leaves_no_folder() {
     let folder = Folder::new("state-none");
     let keeper = folder.filter(KEEPER, &["-DFLAGS=0"]);
     let a = image(&folder, "a.img");
-    start(vec![raw(&a, vec![slot(&keeper)])], &Log::default()).shutdown();
+    let held = SlotConfig { on_failure: Some(OnFailure::Hold), ..slot(&keeper) };
+    start(vec![raw(&a, vec![held])], &Log::default()).shutdown();
     assert!(!folder.0.join("a.img.upcall").exists());
 }

@@ -39,6 +39,8 @@ use crate::signals::{Hangup, Shutdown};
 /// How long what a dead worker left behind may take to end.
 const ORPHANS_TIMEOUT: Duration = Duration::from_secs(2);
 const ORPHANS_POLL: Duration = Duration::from_millis(1);
+/// How long the daemon of an image may take to write what it has before it is killed, too.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(30);
 /// In a longer pause, who connects is sent away. A shorter one is over before QEMU would come
 /// again.
 const HELD_MS: u64 = 500;
@@ -351,11 +353,17 @@ impl Worker {
     }
 }
 
-/// Kills and waits for every child we have. False: some did not end in time.
+/// Kills and waits for every child we have; daemons of images are waited for first. False:
+/// some did not end in time.
 fn end_orphans() -> bool {
-    let deadline = Instant::now() + ORPHANS_TIMEOUT;
+    let daemons_until = Instant::now() + DAEMON_TIMEOUT;
+    let mut deadline = Instant::now() + ORPHANS_TIMEOUT;
     loop {
         for pid in children() {
+            if Instant::now() < daemons_until && is_image_daemon(pid) {
+                deadline = daemons_until + ORPHANS_TIMEOUT;
+                continue;
+            }
             let _ = rustix::process::kill_process(pid, Signal::KILL);
         }
         match rustix::process::wait(WaitOptions::NOHANG) {
@@ -365,6 +373,13 @@ fn end_orphans() -> bool {
             _ => {}
         }
     }
+}
+
+/// Whether a child reads an image for a worker. The kernel has asked it to end when its
+/// worker died; what the guest was told is written, it alone may have.
+fn is_image_daemon(pid: Pid) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_pid()));
+    name.is_ok_and(|name| name.starts_with("qemu-storage"))
 }
 
 /// Our children. None of them can be another process by now: only we wait for them.
