@@ -47,6 +47,9 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 fn compiler(sdk: &Path) -> cc::Build {
     let mut build = cc::Build::new();
     build.std("c11").include(sdk).flag("-pthread").define("_GNU_SOURCE", None).opt_level(2);
+    if env::var_os("CARGO_FEATURE_POINTS").is_some() {
+        build.define("UPCALL_HOST_POINTS", None);
+    }
     build
 }
 

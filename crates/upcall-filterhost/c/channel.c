@@ -67,8 +67,10 @@ static void put_completion(struct uh_channel *channel, const struct wire_complet
     for (size_t i = 1; i < WIRE_ENTRY_SIZE / 8; i++)
         into[i] = words[i];
     ((volatile uint32_t *)slot)[1] = (uint32_t)(words[0] >> 32);
+    uh_point(UH_POINT_PUTTING, entry->kind, 0);
     /* Release: pairs with the worker's acquire of seq. */
     atomic_store_explicit((_Atomic uint32_t *)&slot->seq, at + 1, memory_order_release);
+    uh_point(UH_POINT_PUT, entry->kind, 0);
 }
 
 static bool has_room(struct uh_channel *channel) {
@@ -146,6 +148,12 @@ void uh_channel_cancel(struct uh_channel *channel) {
 
 /* ---- the thread ---- */
 
+#ifdef UPCALL_HOST_POINTS
+static uint32_t kind_ready(const struct uh_channel *channel) {
+    return channel->submissions[channel->taken & (channel->entries - 1)].kind;
+}
+#endif
+
 /* Serves what is there, at most a batch; says whether there was anything. */
 static bool serve_batch(struct uh_channel *channel) {
     if (!submission_ready(channel))
@@ -154,11 +162,16 @@ static bool serve_batch(struct uh_channel *channel) {
     for (uint32_t i = 0; i < BATCH_MAX && submission_ready(channel); i++) {
         struct wire_submission in;
         struct wire_completion out;
+        uh_point(UH_POINT_READY, kind_ready(channel), 0);
         take_submission(channel, &in);
-        if (uh_deliver(channel, &in, &out) == 1 && uh_channel_reserve(channel, false))
+        uh_point(UH_POINT_TAKEN, in.kind, in.op);
+        int said = uh_deliver(channel, &in, &out);
+        uh_point(UH_POINT_DECIDED, in.kind, in.op);
+        if (said == 1 && uh_channel_reserve(channel, false))
             uh_channel_commit(channel, &out);
     }
     release_submissions(channel);
+    uh_point(UH_POINT_RELEASED, 0, 0);
     pthread_mutex_unlock(&channel->serve);
     ring_if_due(channel);
     return true;

@@ -112,13 +112,16 @@ static int load(struct upcall_host *host) {
         return uh_fail(host, error < 0 ? error : -EINVAL, "load() of filter %s gave %d (%s)",
                        host->table.name, error, strerror(error < 0 ? -error : EINVAL));
     host->loaded = true;
+    uh_point(UH_POINT_LOADED, 0, 0);
     return 0;
 }
 
 static int start(struct upcall_host *host) {
     if (!host->loaded)
         return uh_fail(host, -EPROTO, "START before LOAD");
-    return uh_channels_start(host);
+    int error = uh_channels_start(host);
+    uh_point(UH_POINT_SERVING, 0, 0);
+    return error;
 }
 
 /* What a message must bring. Of OPEN, the parts are checked where they are read. */
@@ -195,6 +198,7 @@ static int serve(struct upcall_host *host, unsigned char *buffer) {
         if (length > 0 && message.header.kind == WIRE_MSG_QUIT &&
             message.header.version == WIRE_VERSION) {
             close_descriptors(&message);
+            uh_point(UH_POINT_QUITTING, 0, 0);
             return 1;
         }
         if (length < 0)

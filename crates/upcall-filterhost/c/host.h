@@ -10,6 +10,7 @@
  *   request.c   one delivery: callback, verdict, hold, answer()
  *   issue.c     requests of the filter's own;  buffers.c the memory for their data
  *   timers.c, blocking.c, log.c   services that stand alone
+ *   points.c    points of its work at which tests let it die
  *   host.c      the whole: new, run, free, and the table of services
  *
  * THREADS. The control thread runs everything that messages ask for. A channel has one
@@ -386,6 +387,39 @@ int uh_pool_put(struct upcall_host *host, struct uh_job *job); /* 0; or -EAGAIN,
 bool uh_pool_close(struct upcall_instance *inst);
 void uh_pool_end(struct upcall_host *host);
 void uh_pool_init(struct uh_pool *pool);
+
+/*
+ * points.c: with UPCALL_HOST_POINTS, for tests alone, the host says where in its work it is
+ * to a function upcall_test_point() of the filter, which may end the process there. @kind is
+ * that of the entry (wire.h), or 0.
+ */
+enum uh_point {
+    UH_POINT_READY = 1, /* a submission is there and was not read */
+    UH_POINT_TAKEN,     /* it was copied; the filter has not been called */
+    UH_POINT_DECIDED,   /* the filter has returned; nothing is in the ring */
+    UH_POINT_PUTTING,   /* an entry is in the ring but for its number, so not yet seen */
+    UH_POINT_PUT,       /* it can be seen; the worker was not woken */
+    UH_POINT_RELEASED,  /* the submission's place was given back; the worker was not woken */
+    UH_POINT_ARENA,     /* a life's beginning: an arena is mapped, */
+    UH_POINT_CHANNEL,   /* a channel is, */
+    UH_POINT_LOADED,    /* load() has returned, */
+    UH_POINT_OPENED,    /* open() has, */
+    UH_POINT_SERVING,   /* and the channels' threads run */
+    UH_POINT_CLOSING,   /* its end: an instance is to be closed, and is quiet */
+    UH_POINT_CLOSED,    /* close() has returned; nobody was told */
+    UH_POINT_QUITTING,  /* QUIT was said; unload() is next */
+    UH_POINT_SLOT,      /* a sidecar's sync: nothing of a slot is written, */
+    UH_POINT_SLOT_HALF, /* half of it is, */
+    UH_POINT_SLOT_WHOLE, /* all of it, not durably, */
+    UH_POINT_SLOT_SYNCED /* and durably */
+};
+#ifdef UPCALL_HOST_POINTS
+void uh_points_find(void *library);
+void uh_point(uint32_t point, uint32_t kind, uint32_t op);
+#else
+#define uh_points_find(library) ((void)(library))
+#define uh_point(point, kind, op) ((void)0)
+#endif
 
 /* log.c */
 void uh_log(struct upcall_instance *inst, uint32_t level, const char *text);

@@ -145,6 +145,7 @@ int uh_instance_open(struct upcall_host *host, struct uh_message *message) {
         return error;
     }
     atomic_store_explicit(&inst->state, UH_INSTANCE_OPEN, memory_order_release);
+    uh_point(UH_POINT_OPENED, 0, 0);
     return 0;
 }
 
@@ -185,7 +186,9 @@ int uh_instance_close(struct upcall_host *host, struct uh_message *message) {
     while (!try_to_close(host, inst))
         if (uh_control_hung_up(host, 1))
             return uh_fail(host, -ECANCELED, "the worker has gone");
+    uh_point(UH_POINT_CLOSING, 0, 0);
     finish(host, inst);
+    uh_point(UH_POINT_CLOSED, 0, 0);
     return 0;
 }
 

@@ -176,6 +176,8 @@ int uh_library_open(struct upcall_host *host) {
     host->library = library;
     if (error)
         uh_library_close(host);
+    else
+        uh_points_find(library);
     return error;
 }
 

@@ -43,6 +43,7 @@ int uh_memory_arena(struct upcall_host *host, struct uh_message *message) {
                        "%s", disk, (unsigned long long)arena.size, 8 * sizeof(void *),
                        strerror(errno));
     host->arenas[disk] = (struct uh_arena){ base, arena.size };
+    uh_point(UH_POINT_ARENA, 0, 0);
     return 0;
 }
 
@@ -124,6 +125,7 @@ int uh_memory_channel(struct upcall_host *host, struct uh_message *message) {
     atomic_store_explicit(&host->channels[number], channel, memory_order_release);
     if (number >= host->channel_count)
         atomic_store_explicit(&host->channel_count, number + 1, memory_order_release);
+    uh_point(UH_POINT_CHANNEL, 0, 0);
     return 0;
 }
 

@@ -99,21 +99,33 @@ static size_t read_slot(int fd, uint32_t number, unsigned char *slot) {
     return have;
 }
 
+/* How much is written at once: all, except where a test is to find half of it. */
+static size_t next_write(size_t size, size_t done) {
+#ifdef UPCALL_HOST_POINTS
+    return done == 0 ? size / 2 : size - done;
+#else
+    return size - done;
+#endif
+}
+
 /* Writes the slot that was made in sidecar->slot, durably. 0 or a negative errno. */
 static int store_slot(struct uh_sidecar *sidecar, uint32_t number) {
     size_t size = WIRE_SIDECAR_HEADER + (size_t)get_number(sidecar->slot + AT_LENGTH, 4);
+    uh_point(UH_POINT_SLOT, number, 0);
     for (size_t done = 0; done < size;) {
-        ssize_t length = pwrite(sidecar->fd, sidecar->slot + done, size - done,
+        ssize_t length = pwrite(sidecar->fd, sidecar->slot + done, next_write(size, done),
                                 (off_t)(number * (size_t)WIRE_SIDECAR_SLOT + done));
         if (length < 0 && errno == EINTR)
             continue;
         if (length <= 0)
             return length < 0 ? -errno : -EIO;
         done += (size_t)length;
+        uh_point(done < size ? UH_POINT_SLOT_HALF : UH_POINT_SLOT_WHOLE, number, 0);
     }
     while (fdatasync(sidecar->fd) != 0)
         if (errno != EINTR)
             return -errno;
+    uh_point(UH_POINT_SLOT_SYNCED, number, 0);
     return 0;
 }
 

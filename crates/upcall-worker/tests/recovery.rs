@@ -16,8 +16,11 @@ use common::*;
 use upcall_block::{Op, RequestFlags};
 use upcall_worker::*;
 
-/// Named as in doomed.c.
-const POINTS: [(&str, u32); 17] = [
+/// Where a filter dies: a name, and what doomed.c calls it.
+type Point = (&'static str, u32);
+
+/// Points of the filter's own code, in its callbacks and after its answers.
+const OF_FILTER: [Point; 15] = [
     ("start", 1),
     ("half", 2),
     ("changed", 3),
@@ -33,9 +36,69 @@ const POINTS: [(&str, u32); 17] = [
     ("done-changed", 13),
     ("done-held", 14),
     ("done-answered", 15),
-    ("open", 16),
-    ("load", 17),
 ];
+/// Points of the filter host's: what it was doing, and for what.
+const OF_HOST: [Point; 23] = [
+    ("start not taken", host(READY, 1)),
+    ("start taken", host(TAKEN, 1)),
+    ("verdict not in the ring", host(DECIDED, 1)),
+    ("half of a verdict in the ring", host(PUTTING, 1)),
+    ("verdict in the ring, worker not woken", host(PUT, 1)),
+    ("start's place given back", host(RELEASED, 1)),
+    ("done not taken", host(READY, 2)),
+    ("done taken", host(TAKEN, 2)),
+    ("done's verdict not in the ring", host(DECIDED, 2)),
+    ("half of done's verdict in the ring", host(PUTTING, 2)),
+    ("done's verdict in the ring", host(PUT, 2)),
+    ("done's place given back", host(RELEASED, 2)),
+    ("half of a hold in the ring", host(PUTTING, 3)),
+    ("hold in the ring", host(PUT, 3)),
+    ("half of an answer in the ring", host(PUTTING, 4)),
+    ("answer in the ring", host(PUT, 4)),
+    ("half of a request of its own in the ring", host(PUTTING, 5)),
+    ("request of its own in the ring", host(PUT, 5)),
+    ("end of its own request not taken", host(READY, 6)),
+    ("end of its own request taken", host(TAKEN, 6)),
+    ("end of its own request told", host(DECIDED, 6)),
+    ("half of done's answer in the ring", host(PUTTING, 8)),
+    ("done's answer in the ring", host(PUT, 8)),
+];
+/// Points of the beginning of a life.
+const OF_LIFE: [Point; 7] = [
+    ("arena", host(7, 0)),
+    ("channel", host(8, 0)),
+    ("load", 17),
+    ("loaded", host(9, 0)),
+    ("open", 16),
+    ("opened", host(10, 0)),
+    ("serving", host(11, 0)),
+];
+/// Points of its end in order.
+const OF_END: [Point; 5] = [
+    ("closing", host(12, 0)),
+    ("close", 18),
+    ("closed", host(13, 0)),
+    ("quitting", host(14, 0)),
+    ("unload", 19),
+];
+/// Points at which a request that it holds is cancelled.
+const OF_CANCEL: [Point; 4] = [
+    ("cancel not taken", host(READY, 7)),
+    ("cancel taken", host(TAKEN, 7)),
+    ("cancel", 20),
+    ("cancelled", 21),
+];
+const READY: u32 = 1;
+const TAKEN: u32 = 2;
+const DECIDED: u32 = 3;
+const PUTTING: u32 = 4;
+const PUT: u32 = 5;
+const RELEASED: u32 = 6;
+
+const fn host(point: u32, phase: u32) -> u32 {
+    100 + 20 * point + phase
+}
+
 const START: u32 = 1;
 const FUA: RequestFlags = RequestFlags { fua: true, unmap: false, retry: false };
 const PLAIN: RequestFlags = RequestFlags { fua: false, unmap: false, retry: false };
@@ -70,7 +133,8 @@ fn ledger(kind: &str, faults: usize, begun: Instant) {
 struct Rig {
     folder: Folder,
     log: Log,
-    worker: Worker,
+    /// Always there, but while one follows another.
+    worker: Option<Worker>,
     disk: Driver,
     /// What the guest must find.
     model: Vec<u8>,
@@ -78,10 +142,9 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(name: &str, deadline_ms: u64) -> Rig {
+    fn new(name: &str, deadline_ms: u64, drain_ms: u64) -> Rig {
         let folder = Folder::new(name);
-        let log = Log::default();
-        let chain = (0..PLACES).map(|place| {
+        for place in 0..PLACES {
             let trigger = folder.0.join(format!("trigger{place}"));
             std::fs::write(&trigger, [0; 32]).unwrap();
             let flags = [
@@ -92,32 +155,47 @@ impl Rig {
             let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
             let built = folder.filter("crates/upcall-worker/tests/data/doomed.c", &flags);
             let kept = folder.0.join(format!("doomed{place}.so"));
-            std::fs::rename(built, &kept).unwrap();
-            SlotConfig { order: place as i32, deadline_ms: Some(deadline_ms), ..slot(&kept) }
+            std::fs::rename(built, kept).unwrap();
+        }
+        let image = folder.0.join("disk.img");
+        std::fs::File::create(image).unwrap().set_len(BYTES as u64).unwrap();
+        let log = Log::default();
+        let worker = Rig::serve(&folder, &log, deadline_ms, drain_ms);
+        let disk = Driver::new(&worker, 0, 0);
+        Rig { folder, log, worker: Some(worker), disk, model: vec![0; BYTES], random: 1 }
+    }
+
+    /// A worker for the image and the filters of a folder.
+    fn serve(folder: &Folder, log: &Log, deadline_ms: u64, drain_ms: u64) -> Worker {
+        let chain = (0..PLACES).map(|place| SlotConfig {
+            order: place as i32,
+            deadline_ms: Some(deadline_ms),
+            ..slot(&folder.0.join(format!("doomed{place}.so")))
         });
-        let chain: Vec<SlotConfig> = chain.collect();
         // Deaths without end: quarantine is another test's.
         let recovery = RecoveryPolicy {
             failures_max: usize::MAX - 1,
             backoff_ms_min: 0,
             ..RecoveryPolicy::default()
         };
-        let image = folder.0.join("disk.img");
-        std::fs::File::create(&image).unwrap().set_len(BYTES as u64).unwrap();
+        let path = folder.0.join("disk.img");
         let disk = DiskConfig {
-            store: StoreConfig::Raw { path: image, direct: false, engine: Engine::Auto },
-            ..memory_disk("a", BYTES as u64, chain)
+            store: StoreConfig::Raw { path, direct: false, engine: Engine::Auto },
+            ..memory_disk("a", BYTES as u64, chain.collect())
         };
-        let config = WorkerConfig {
-            disks: vec![disk],
-            stats: None,
-            drain_ms: 300,
-            recovery,
-            log: log.sink(),
-        };
-        let worker = Worker::start(config).unwrap_or_else(|error| panic!("{error}"));
-        let disk = Driver::new(&worker, 0, 0);
-        Rig { folder, log, worker, disk, model: vec![0; BYTES], random: 1 }
+        let config =
+            WorkerConfig { disks: vec![disk], stats: None, drain_ms, recovery, log: log.sink() };
+        Worker::start(config).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The worker ends in good order, and the next one serves.
+    fn restart(&mut self, deadline_ms: u64, drain_ms: u64) {
+        self.stop_queue();
+        // The next one can begin only when the first has ended: it holds locks.
+        assert!(self.worker.take().unwrap().shutdown().failures.is_empty());
+        let worker = Rig::serve(&self.folder, &self.log, deadline_ms, drain_ms);
+        self.disk = Driver::new(&worker, 0, 0);
+        self.worker = Some(worker);
     }
 
     fn below(&mut self, end: u64) -> u64 {
@@ -142,11 +220,29 @@ impl Rig {
         file.write_all_at(&bytes[..4], 0).unwrap();
     }
 
+    fn word(&self, place: usize, index: u64) -> u32 {
+        let mut word = [0; 4];
+        self.trigger(place).read_exact_at(&mut word, 4 * index).unwrap();
+        u32::from_ne_bytes(word)
+    }
+
     /// How many of its points it has failed at.
     fn failed(&self, place: usize) -> u32 {
-        let mut at = [0; 4];
-        self.trigger(place).read_exact_at(&mut at, 0).unwrap();
-        u32::from_ne_bytes(at)
+        self.word(place, 0)
+    }
+
+    /// Of the requests that are to be cancelled, how many it has.
+    fn holds(&self, place: usize) -> u32 {
+        self.word(place, 7)
+    }
+
+    /// Waits until it has failed so often: an answer may be there before its giver is dead.
+    fn wait_failed(&self, place: usize, times: usize, what: &dyn Fn() -> String) {
+        let end = Instant::now() + PATIENCE;
+        while self.failed(place) < times as u32 {
+            assert!(Instant::now() < end, "never came there: {}", what());
+            std::thread::sleep(Duration::from_micros(200));
+        }
     }
 
     /// One request of 4 KiB somewhere, to its end, which is good.
@@ -175,41 +271,96 @@ impl Rig {
         assert!(stored == expected, "the image holds wrong bytes");
     }
 
+    /// What was taken from the queue has ended by then.
+    fn stop_queue(&self) {
+        assert!(self.worker.as_ref().unwrap().stop_queue(0, 0).is_some());
+    }
+
     fn end(self) {
-        assert!(self.worker.stop_queue(0, 0).is_some());
-        assert!(self.worker.shutdown().failures.is_empty());
+        self.stop_queue();
+        assert!(self.worker.unwrap().shutdown().failures.is_empty());
     }
 }
 
 #[test]
 fn a_filter_killed_at_any_point_of_any_operation_at_any_place_is_a_pause() {
     let begun = Instant::now();
-    let mut rig = Rig::new("table", 5_000);
+    let mut rig = Rig::new("table", 5_000, 300);
     for _ in 0..32 {
         rig.run(Op::Write, PLAIN);
     }
-    let mut faults = 0;
-    for (name, point) in POINTS {
+    // A life dies in its beginning only after another one died.
+    let work = OF_FILTER.iter().chain(&OF_HOST).map(|(name, point)| (*name, vec![*point]));
+    let lives = OF_LIFE.iter().map(|(name, point)| (*name, vec![START, *point]));
+    let (mut cases, mut faults) = (0, 0);
+    for (name, points) in work.chain(lives) {
         for (op, flags) in OPS {
             for place in 0..PLACES {
-                // A life dies in open or load only after another one died.
-                let points: &[u32] = if point >= 16 { &[START, point] } else { &[point] };
-                rig.doom(place, KILL, Some(op), points);
+                rig.doom(place, KILL, Some(op), &points);
                 rig.run(op, flags);
-                let what = format!("{name}, {op} ({}), place {place}", flags.fua);
-                // The answer may be there before its giver is dead.
-                let end = Instant::now() + PATIENCE;
-                while rig.failed(place) < points.len() as u32 {
-                    assert!(Instant::now() < end, "never came there: {what}");
-                    std::thread::sleep(Duration::from_micros(200));
-                }
+                rig.wait_failed(place, points.len(), &|| {
+                    format!("{name}, {op} ({}), place {place}", flags.fua)
+                });
                 rig.run(Op::Read, PLAIN);
+                cases += 1;
                 faults += points.len();
             }
         }
         rig.check();
     }
+    assert_eq!(cases, (OF_FILTER.len() + OF_HOST.len() + OF_LIFE.len()) * OPS.len() * PLACES);
     ledger("filter kill -9 at each point x operation x place", faults, begun);
+    rig.end();
+}
+
+#[test]
+fn a_filter_killed_while_a_request_that_it_holds_is_cancelled_ends_that_request_and_no_other() {
+    let begun = Instant::now();
+    let mut rig = Rig::new("cancel", 5_000, 5);
+    let mut faults = 0;
+    for (name, point) in OF_CANCEL {
+        for (op, flags) in OPS {
+            for place in 0..PLACES {
+                let what = format!("{name}, {op}, place {place}");
+                rig.doom(place, KILL, Some(op), &[point]);
+                let length = if op == Op::Flush { 0 } else { 4096 };
+                let tag = rig.disk.submit_flags(op, 0, length, 0, flags);
+                while rig.holds(place) == 0 {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                // The queue is stopped: what filters hold is cancelled after a while.
+                rig.stop_queue();
+                let (ended, status) = rig.disk.wait();
+                assert_eq!(ended, tag, "{what}");
+                assert!(status.is_err(), "{what}: it was held on its way down, and cancelled");
+                rig.wait_failed(place, 1, &|| what.clone());
+                rig.disk = Driver::new(rig.worker.as_ref().unwrap(), 0, 0);
+                rig.run(Op::Write, PLAIN);
+                faults += 1;
+            }
+        }
+        rig.check();
+    }
+    ledger("filter kill -9 at each point of a cancel x operation x place", faults, begun);
+    rig.end();
+}
+
+#[test]
+fn a_filter_killed_while_its_worker_ends_costs_nothing_and_the_next_worker_serves() {
+    let begun = Instant::now();
+    let mut rig = Rig::new("closing", 5_000, 300);
+    let mut faults = 0;
+    for (name, point) in OF_END {
+        for place in 0..PLACES {
+            rig.run(Op::Write, PLAIN);
+            rig.doom(place, KILL, None, &[point]);
+            rig.restart(5_000, 300);
+            rig.wait_failed(place, 1, &|| format!("{name}, place {place}"));
+            rig.check();
+            faults += 1;
+        }
+    }
+    ledger("filter kill -9 at each point of its end x place", faults, begun);
     rig.end();
 }
 
@@ -217,7 +368,7 @@ fn a_filter_killed_at_any_point_of_any_operation_at_any_place_is_a_pause() {
 fn filters_killed_at_random_under_load_lose_and_change_nothing() {
     let begun = Instant::now();
     let kills = 40 * campaign();
-    let mut rig = Rig::new("random", 5_000);
+    let mut rig = Rig::new("random", 5_000, 300);
     let hosts: Vec<PathBuf> =
         (0..PLACES).map(|place| rig.folder.0.join(format!("doomed{place}.so"))).collect();
     let over = Arc::new(AtomicBool::new(false));
@@ -293,14 +444,19 @@ fn host_of(filter: &std::path::Path) -> Option<i32> {
 fn a_filter_that_hangs_is_killed_after_its_deadline_and_the_guest_sees_a_pause() {
     const DEADLINE_MS: u64 = 100;
     let begun = Instant::now();
-    let mut rig = Rig::new("hang", DEADLINE_MS);
+    let mut rig = Rig::new("hang", DEADLINE_MS, 300);
     let mut faults = 0;
     for round in 0..6 * campaign() {
         for how in [STOP, SPIN] {
             let place = round % PLACES;
-            let (_, point) = POINTS[rig.below(15) as usize];
+            let at = rig.below((OF_FILTER.len() + OF_HOST.len()) as u64) as usize;
+            let (name, point) = *OF_FILTER.iter().chain(&OF_HOST).nth(at).unwrap();
             let (op, flags) = OPS[rig.below(6) as usize];
-            let answered = point == 7 || point == 15;
+            // What the guest waits for may be said by then, and the filter hang after it.
+            let answered = [7, 15].contains(&point)
+                || [1, 2, 4, 6, 8].map(|phase| host(PUT, phase)).contains(&point)
+                || [1, 2].map(|phase| host(RELEASED, phase)).contains(&point)
+                || point == host(DECIDED, 6);
             rig.doom(place, how, Some(op), &[point]);
             let since = Instant::now();
             rig.run(op, flags);
@@ -308,7 +464,7 @@ fn a_filter_that_hangs_is_killed_after_its_deadline_and_the_guest_sees_a_pause()
                 assert!(since.elapsed() >= Duration::from_millis(DEADLINE_MS));
             }
             rig.run(Op::Write, PLAIN);
-            assert_eq!(rig.failed(place), 1);
+            assert_eq!(rig.failed(place), 1, "{name}, {op}, place {place}");
             faults += 1;
         }
     }

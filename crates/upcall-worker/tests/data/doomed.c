@@ -3,6 +3,9 @@
  * A filter that dies or hangs at a named point of its work. What it does else: it multiplies
  * each byte of a write by 3, and undoes that in reads, so that zeroes stay zeroes and a page
  * that is changed twice is seen. The points are in a file that the test writes (-DTRIGGER).
+ *
+ * Some points are the filter's own; at others the filter host is in its own code, and asks
+ * upcall_test_point() (see points.c of the filter host).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -21,19 +24,49 @@
 enum {
     NOWHERE, START, HALF, CHANGED, HELD, HELD_HALF, HELD_CHANGED, ANSWERED, ISSUE_BEFORE,
     ISSUE_AFTER, ISSUE_DONE, DONE, DONE_HALF, DONE_CHANGED, DONE_HELD, DONE_ANSWERED, OPEN, LOAD,
+    CLOSE, UNLOAD, CANCEL, CANCELLED,
+};
+/* A point of the host's is FROM_HOST + PHASES * point + phase; what the host was about: */
+#define FROM_HOST 100u
+#define PHASES 20u
+enum {
+    LIFE, OF_START, OF_DONE, OF_HELD, OF_ANSWER, OF_ISSUE, OF_ISSUED, OF_CANCEL, OF_DONE_ANSWER,
 };
 enum { KILL, STOP, SPIN };
+
+/* As in the host's host.h and wire.h. */
+enum { HOST_READY = 1, HOST_TAKEN, HOST_DECIDED, HOST_PUTTING, HOST_PUT, HOST_RELEASED };
+enum { WIRE_START = 1, WIRE_DONE, WIRE_CANCEL, WIRE_ISSUED };
+enum { WIRE_VERDICT = 1, WIRE_ISSUE, WIRE_HELD };
 
 /* Written by the test while nothing is in flight. */
 struct trigger {
     _Atomic uint32_t at; /* of the points, the next one; taken by one thread */
     uint32_t how;
     uint32_t op;         /* 0: any */
-    uint32_t points[5];
+    uint32_t points[4];
+    _Atomic uint32_t holds; /* of requests that are to be cancelled, those that it has had */
 };
 
 static const struct upcall_services *up;
 static struct trigger *trigger;
+/* What this thread was last in a callback for. */
+static _Thread_local uint32_t phase_here;
+
+static int find_trigger(void)
+{
+    if (trigger)
+        return 0;
+    int fd = open(TRIGGER, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    void *at = mmap(NULL, sizeof(struct trigger), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (at == MAP_FAILED)
+        return -errno;
+    trigger = at;
+    return 0;
+}
 
 static void die(void)
 {
@@ -49,7 +82,7 @@ static void die(void)
 static uint32_t next_point(uint32_t op)
 {
     uint32_t at = atomic_load(&trigger->at);
-    if (at >= 5 || (op && trigger->op && trigger->op != op))
+    if (at >= 4 || (op && trigger->op && trigger->op != op))
         return NOWHERE;
     return trigger->points[at];
 }
@@ -57,10 +90,41 @@ static uint32_t next_point(uint32_t op)
 static void reach(uint32_t point, uint32_t op)
 {
     uint32_t at = atomic_load(&trigger->at);
-    if (at >= 5 || next_point(op) != point)
+    if (at >= 4 || next_point(op) != point)
         return;
     if (atomic_compare_exchange_strong(&trigger->at, &at, at + 1))
         die();
+}
+
+static uint32_t phase_of(uint32_t point, uint32_t kind)
+{
+    switch (point) {
+    case HOST_READY: case HOST_TAKEN: case HOST_DECIDED:
+        return kind == WIRE_START    ? OF_START
+               : kind == WIRE_DONE   ? OF_DONE
+               : kind == WIRE_CANCEL ? OF_CANCEL
+                                     : OF_ISSUED;
+    case HOST_PUTTING: case HOST_PUT:
+        return kind == WIRE_HELD ? OF_HELD : kind == WIRE_ISSUE ? OF_ISSUE : phase_here;
+    case HOST_RELEASED:
+        return phase_here;
+    default:
+        return LIFE;
+    }
+}
+
+/* The host is at this point of its own. */
+__attribute__((visibility("default")))
+void upcall_test_point(uint32_t point, uint32_t kind, uint32_t op)
+{
+    if (find_trigger() == 0)
+        reach(FROM_HOST + PHASES * point + phase_of(point, kind), op);
+}
+
+/* Whether the next point is one where the host is about this. */
+static int next_is_of(uint32_t next, uint32_t phase)
+{
+    return next >= FROM_HOST && (next - FROM_HOST) % PHASES == phase;
 }
 
 static void change(unsigned char *data, uint32_t length, unsigned char factor)
@@ -90,14 +154,9 @@ struct doomed {
 static int32_t doomed_load(const struct upcall_services *services)
 {
     up = services;
-    int fd = open(TRIGGER, O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        return -errno;
-    void *at = mmap(NULL, sizeof(struct trigger), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
-    if (at == MAP_FAILED)
-        return -errno;
-    trigger = at;
+    int error = find_trigger();
+    if (error)
+        return error;
     reach(LOAD, 0);
     return 0;
 }
@@ -113,12 +172,19 @@ static int32_t doomed_open(struct upcall_instance *inst, void **self)
     return 0;
 }
 
-static void doomed_close(void *self) { free(self); }
+static void doomed_close(void *self)
+{
+    reach(CLOSE, 0);
+    free(self);
+}
+
+static void doomed_unload(void) { reach(UNLOAD, 0); }
 
 static void held_start(void *arg)
 {
     struct upcall_request *req = arg;
     uint32_t op = req->op;
+    phase_here = OF_ANSWER;
     reach(HELD, op);
     work(req, op == UPCALL_WRITE, 3, HELD_HALF, HELD_CHANGED);
     up->answer(req, UPCALL_WATCH, 0);
@@ -129,6 +195,7 @@ static void held_done(void *arg)
 {
     struct upcall_request *req = arg;
     uint32_t op = req->op;
+    phase_here = OF_DONE_ANSWER;
     reach(DONE_HELD, op);
     work(req, op == UPCALL_READ && req->status == 0, 171, NOWHERE + 100, NOWHERE + 100);
     up->answer(req, UPCALL_PASS, req->status);
@@ -147,14 +214,22 @@ static void issued(void *arg, int32_t status)
 static uint32_t doomed_start(void *self, struct upcall_request *req)
 {
     struct doomed *d = self;
+    phase_here = OF_START;
     reach(START, req->op);
     uint32_t next = next_point(req->op);
-    if (next >= HELD && next <= ANSWERED) {
+    if (next == CANCEL || next == CANCELLED || next_is_of(next, OF_CANCEL)) {
+        req->context = req;
+        atomic_fetch_add(&trigger->holds, 1);
+        return UPCALL_HOLD;
+    }
+    if ((next >= HELD && next <= ANSWERED) || next_is_of(next, OF_HELD) ||
+        next_is_of(next, OF_ANSWER)) {
         if (up->run_blocking(d->inst, held_start, req))
             abort();
         return UPCALL_HOLD;
     }
-    if (next >= ISSUE_BEFORE && next <= ISSUE_DONE) {
+    if ((next >= ISSUE_BEFORE && next <= ISSUE_DONE) || next_is_of(next, OF_ISSUE) ||
+        next_is_of(next, OF_ISSUED)) {
         struct upcall_issue io;
         memset(&io, 0, sizeof io);
         io.size = sizeof io;
@@ -175,9 +250,10 @@ static uint32_t doomed_start(void *self, struct upcall_request *req)
 static uint32_t doomed_done(void *self, struct upcall_request *req)
 {
     struct doomed *d = self;
+    phase_here = OF_DONE;
     reach(DONE, req->op);
     uint32_t next = next_point(req->op);
-    if (next == DONE_HELD || next == DONE_ANSWERED) {
+    if (next == DONE_HELD || next == DONE_ANSWERED || next_is_of(next, OF_DONE_ANSWER)) {
         if (up->run_blocking(d->inst, held_done, req))
             abort();
         return UPCALL_HOLD;
@@ -188,8 +264,13 @@ static uint32_t doomed_done(void *self, struct upcall_request *req)
 
 static void doomed_cancel(void *self, void *context)
 {
+    struct upcall_request *req = context;
     (void)self;
-    (void)context;
+    if (!req)
+        return;
+    reach(CANCEL, 0);
+    up->answer(req, UPCALL_FAIL, -ECANCELED);
+    reach(CANCELLED, 0);
 }
 
 UPCALL_EXPORT_FILTER = {
@@ -205,6 +286,7 @@ UPCALL_EXPORT_FILTER = {
     .sees = RW,
     .changes = RW,
     .load = doomed_load,
+    .unload = doomed_unload,
     .open = doomed_open,
     .close = doomed_close,
     .start_io = doomed_start,
