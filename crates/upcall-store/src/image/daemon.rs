@@ -6,7 +6,7 @@
 //!
 //! A daemon has an empty environment, its own process group (a Ctrl-C for us is not one for
 //! it: we flush first), `/dev/null` as standard input and output, and besides its standard
-//! error exactly the descriptors of its [`Plan`] and the socket it listens on.
+//! error exactly the descriptors of its [`Plan`] and the two sockets it listens on.
 //!
 //! Always true: a [`Daemon`] that was ended is gone, with all its threads, so that nothing
 //! writes to the image or to our memory any more.
@@ -28,25 +28,33 @@ use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal};
 
 use crate::image::confine::{Program, Reason, confine};
-use crate::image::plan::Plan;
+use crate::image::extents::Oracle;
+use crate::image::plan::{Plan, TOP};
 
 /// Bytes that are kept of what a daemon says.
 const SAID_BYTES: usize = 4096;
+
+/// Where a daemon listens: for requests, and for questions about allocation.
+struct Listeners {
+    requests: OwnedFd,
+    questions: OwnedFd,
+}
 
 /// The thread that starts daemons.
 pub(crate) struct Starter {
     orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<()>>,
+    oracle: Arc<Oracle>,
 }
 
 struct Order {
-    listener: OwnedFd,
+    listeners: Listeners,
     answer: Sender<io::Result<Child>>,
 }
 
 impl Starter {
-    /// Starts the thread and confines it.
-    pub fn new(program: Program, plan: Arc<Plan>) -> Result<Starter, Reason> {
+    /// Starts the thread and confines it. Each daemon is made known to `oracle`.
+    pub fn new(program: Program, plan: Arc<Plan>, oracle: Arc<Oracle>) -> Result<Starter, Reason> {
         let (orders, todo) = channel::<Order>();
         let (ready, is_ready) = channel();
         let run = move || {
@@ -54,25 +62,28 @@ impl Starter {
             let go_on = confined.is_ok();
             let _ = ready.send(confined);
             if go_on {
-                for Order { listener, answer } in todo {
-                    let _ = answer.send(spawn(&program, &plan, listener));
+                for Order { listeners, answer } in todo {
+                    let _ = answer.send(spawn(&program, &plan, listeners));
                 }
             }
         };
         let thread = std::thread::Builder::new().name("image-starter".into()).spawn(run);
         let thread = thread.map_err(|error| format!("cannot start a thread: {error}"))?;
         is_ready.recv().unwrap_or_else(|_| Err("the thread that starts it ended".into()))?;
-        Ok(Starter { orders: Some(orders), thread: Some(thread) })
+        Ok(Starter { orders: Some(orders), thread: Some(thread), oracle })
     }
 
     /// Starts a daemon, and connects to it. It may not have opened the image yet.
     pub fn start(&self) -> io::Result<(Daemon, UnixStream)> {
-        let (listener, socket) = rendezvous()?;
+        let (requests, socket) = rendezvous()?;
+        let (questions, asking) = rendezvous()?;
         let (answer, answered) = channel();
         let gone = || io::Error::other("the thread that starts daemons is gone");
-        let order = Order { listener: listener.into(), answer };
+        let listeners = Listeners { requests: requests.into(), questions: questions.into() };
+        let order = Order { listeners, answer };
         self.orders.as_ref().ok_or_else(gone)?.send(order).map_err(|_| gone())?;
         let child = answered.recv().map_err(|_| gone())??;
+        self.oracle.renew(asking, TOP);
         Ok((Daemon::adopt(child)?, socket))
     }
 }
@@ -108,18 +119,20 @@ fn rendezvous() -> io::Result<(UnixListener, UnixStream)> {
     made
 }
 
-fn spawn(program: &Program, plan: &Arc<Plan>, listener: OwnedFd) -> io::Result<Child> {
+fn spawn(program: &Program, plan: &Arc<Plan>, listeners: Listeners) -> io::Result<Child> {
     let parent = rustix::process::getpid();
+    let Listeners { requests, questions } = listeners;
     let mut command = Command::new(&program.path);
     command
-        .args(plan.arguments(listener.as_raw_fd()))
+        .args(plan.arguments(requests.as_raw_fd(), questions.as_raw_fd()))
         .env_clear()
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let plan = plan.clone();
-    let prepare = move || prepare(parent, plan.inherited().chain([listener.as_fd()]));
+    let prepare =
+        move || prepare(parent, plan.inherited().chain([requests.as_fd(), questions.as_fd()]));
     // SAFETY: between fork and exec `prepare` makes system calls only; it neither allocates
     // nor locks. It owns what it uses.
     unsafe { command.pre_exec(prepare) };

@@ -3,7 +3,8 @@
 //! No format is parsed in this process. [`Plan`] opens the files and says how they belong
 //! together; [`daemon`] starts the daemon, [`confine`] keeps it to those files; [`vhost`] and
 //! [`ring`] are our side of its vhost-user-blk device; [`ledger`] decides what is sent when, and
-//! what is sent again when a daemon is gone; [`keeper`] is the thread that does it.
+//! what is sent again when a daemon is gone; [`keeper`] is the thread that does it. [`extents`]
+//! asks a daemon what its disk consists of, as a client ([`nbd`]) of its NBD export.
 //!
 //! Always true: a request is completed once, whatever happens to the daemon; a write that was
 //! completed is there for whoever reads later, also through another daemon; no file is opened
@@ -11,9 +12,11 @@
 
 mod confine;
 mod daemon;
+mod extents;
 mod format;
 mod keeper;
 mod ledger;
+mod nbd;
 mod plan;
 mod ring;
 #[cfg(test)]
@@ -30,16 +33,17 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use upcall_block::{
-    DiskInfo, Errno, Op, OpSet, Range, RequestFlags, Status, Store, StoreDone, StoreIo, StoreQueue,
-    StoreToken,
+    DiskInfo, Errno, Extent, Op, OpSet, Range, RequestFlags, Status, Store, StoreDone, StoreIo,
+    StoreQueue, StoreToken,
 };
-use upcall_ring::Buffers;
+use upcall_ring::{Access, Buffers, Mapping};
 
 pub use format::ImageFormat;
 
 use crate::OpenError;
 use crate::image::confine::Program;
 use crate::image::daemon::Starter;
+use crate::image::extents::Oracle;
 use crate::image::keeper::{DATA_BYTES, Keeper, Link};
 use crate::image::plan::Plan;
 use crate::image::ring::ClientRing;
@@ -176,6 +180,7 @@ pub struct ImageStore {
     info: DiskInfo,
     shared: Arc<Shared>,
     running: Arc<Running>,
+    oracle: Arc<Oracle>,
     options: ImageOptions,
 }
 
@@ -213,7 +218,8 @@ impl ImageStore {
             program: options.program.display().to_string(),
         })?;
         let plan = Arc::new(Plan::open(&options)?);
-        let starter = Starter::new(program, plan.clone()).map_err(refused)?;
+        let oracle = Arc::new(Oracle::default());
+        let starter = Starter::new(program, plan.clone(), oracle.clone()).map_err(refused)?;
         let ring = ClientRing::new(DATA_BYTES).map_err(system("get memory for it"))?;
         let (link, device) = Link::start(&starter, &ring, options.patience)
             .map_err(|what| refused(format!("qemu-storage-daemon does not serve it: {what}")))?;
@@ -259,13 +265,32 @@ impl ImageStore {
             .spawn(move || keeper.run())
             .map_err(system("start a thread for it"))?;
         let running = Arc::new(Running { port, thread: Some(thread) });
-        Ok(ImageStore { info, shared, running, options })
+        Ok(ImageStore { info, shared, running, oracle, options })
     }
 
     /// Since when the store refuses what writes, or everything: what happened. None while all
     /// is well.
     pub fn failure(&self) -> Option<String> {
         self.shared.failure.get().cloned()
+    }
+
+    /// One request, on a queue of its own. Blocks.
+    fn run_alone(&self, op: Op, range: Range, data: Buffers) -> Status {
+        let mut queue = self.open_queue().map_err(|_| Errno::EIO)?;
+        let flags = RequestFlags::default();
+        queue.submit(StoreIo { token: StoreToken(0), op, range, flags, data });
+        let mut done = Vec::new();
+        loop {
+            queue.poll(&mut done);
+            if let Some(done) = done.pop() {
+                return done.status;
+            }
+            if queue.before_sleep()
+                && let Some(doorbell) = queue.doorbell()
+            {
+                sleep_on(doorbell);
+            }
+        }
     }
 }
 
@@ -307,27 +332,30 @@ impl Store for ImageStore {
         if self.info.read_only {
             return Ok(());
         }
-        let mut queue = self.open_queue().map_err(|_| Errno::EIO)?;
-        queue.submit(StoreIo {
-            token: StoreToken(0),
-            op: Op::Flush,
-            range: Range::EMPTY,
-            flags: RequestFlags::default(),
-            data: Buffers::new(),
-        });
-        let mut done = Vec::new();
-        loop {
-            queue.poll(&mut done);
-            if let Some(done) = done.pop() {
-                return done.status;
-            }
-            if queue.before_sleep()
-                && let Some(doorbell) = queue.doorbell()
-            {
-                sleep_on(doorbell);
-            }
-        }
+        self.run_alone(Op::Flush, Range::EMPTY, Buffers::new())
     }
+
+    /// What the daemon says; where it cannot be had, data.
+    fn extents(&self, offset: u64, length: u64, max: usize) -> io::Result<Vec<Extent>> {
+        let read = || {
+            let block = self.info.block_size;
+            let Ok(range) = Range::new(offset, u64::from(block), &self.info) else {
+                return false;
+            };
+            let Ok(data) = scratch(block as usize) else { return false };
+            // That it ended is what counts: also with an error it was the daemon's answer.
+            let _ = self.run_alone(Op::Read, range, data);
+            true
+        };
+        Ok(self.oracle.extents(offset, length, self.info.block_size, max, read))
+    }
+}
+
+/// Memory for a read that nobody looks at.
+fn scratch(length: usize) -> io::Result<Buffers> {
+    let fd = upcall_ring::memfd("upcall-scratch", length)?;
+    let memory = Arc::new(Mapping::new(&fd, 0, length, Access::ReadWrite)?);
+    Buffers::of(&memory, 0, length, true).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
 impl Drop for Running {

@@ -50,7 +50,7 @@ pub(crate) struct Plan {
 const SECRET_BYTES_MAX: u64 = 64 << 10;
 
 /// The name of the node that is exported.
-const TOP: &str = "disk";
+pub(crate) const TOP: &str = "disk";
 
 impl Plan {
     pub fn open(options: &ImageOptions) -> Result<Plan, OpenError> {
@@ -186,8 +186,9 @@ impl Plan {
         self.files.iter().map(|allowed| allowed.file.as_fd()).chain(texts).chain(secret)
     }
 
-    /// The daemon's arguments. `listener`: where it is to listen.
-    pub fn arguments(&self, listener: RawFd) -> Vec<String> {
+    /// The daemon's arguments. Where it is to listen: `requests`, as a vhost-user device;
+    /// `questions`, as an NBD server that only reads.
+    pub fn arguments(&self, requests: RawFd, questions: RawFd) -> Vec<String> {
         let mut args = Vec::new();
         if let Some(secret) = &self.secret {
             let file = by_descriptor(secret.as_raw_fd());
@@ -201,8 +202,12 @@ impl Plan {
             "--export".to_owned(),
             format!(
                 "type=vhost-user-blk,id=export,node-name={TOP},writable={writable},num-queues=1,\
-                 addr.type=fd,addr.str={listener}"
+                 addr.type=fd,addr.str={requests}"
             ),
+            "--nbd-server".to_owned(),
+            format!("addr.type=fd,addr.str={questions}"),
+            "--export".to_owned(),
+            format!("type=nbd,id=questions,node-name={TOP},writable=off"),
         ]);
         args
     }

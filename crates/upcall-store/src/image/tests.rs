@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
-use upcall_block::Extent;
+use upcall_block::{Allocation, Extent};
 use upcall_ring::{Access, Mapping, memfd};
 
 use super::*;
@@ -131,8 +131,6 @@ fn requests_of_any_size_and_kind_do_what_they_say() {
     expected[2048..2560].fill(0);
     expected.resize(16 << 20, 0);
     assert!(read(&store, 0, 16 << 20) == expected);
-    let extent = Extent { length: 512, allocation: upcall_block::Allocation::Data };
-    assert_eq!(store.extents(0, 512, 1).unwrap(), [extent]);
     assert_eq!(store.sync(), Ok(()));
     drop(store);
     let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&image).unwrap());
@@ -204,4 +202,67 @@ fn what_options_cannot_mean_is_refused() {
         let said = ImageStore::open(options).unwrap_err().to_string();
         assert!(said.contains(says), "{said}");
     }
+}
+
+fn extent(length: u64, allocation: Allocation) -> Extent {
+    Extent { length, allocation }
+}
+
+const HOLE: Allocation = Allocation::Hole;
+const DATA: Allocation = Allocation::Data;
+
+#[test]
+fn holes_are_told_from_data_and_what_was_written_is_data_at_once() {
+    let folder = Folder::new("holes");
+    let image = folder.qcow2(&[]);
+    let store = ImageStore::open(options(&image)).unwrap();
+    let size = 16 << 20;
+    assert_eq!(store.extents(0, size, 9).unwrap(), [extent(size, HOLE)]);
+    let at = 1 << 20;
+    assert_eq!(run(&store, Op::Write, at, &filled(65536, 3), 65536, false), Ok(()));
+    let rest = size - at - 65536;
+    let all = [extent(at, HOLE), extent(65536, DATA), extent(rest, HOLE)];
+    assert_eq!(store.extents(0, size, 9).unwrap(), all);
+    assert_eq!(store.extents(0, size, 2).unwrap(), all[..2]);
+    assert_eq!(store.extents(at + 512, 1024, 9).unwrap(), [extent(1024, DATA)]);
+    assert_eq!(run(&store, Op::Discard, at, &Buffers::new(), 65536, false), Ok(()));
+    assert_eq!(store.extents(0, size, 9).unwrap(), [extent(size, HOLE)]);
+}
+
+/// What was completed and not flushed is gone with a killed daemon until it is written again:
+/// nobody may be told of a hole there meanwhile.
+#[test]
+fn what_is_kept_for_the_next_daemon_is_never_called_a_hole() {
+    let folder = Folder::new("kept");
+    let image = folder.qcow2(&[]);
+    let store = ImageStore::open(options(&image)).unwrap();
+    for round in 0..8 {
+        let at = round << 20;
+        assert_eq!(run(&store, Op::Write, at, &filled(65536, 3), 65536, false), Ok(()));
+        if round % 2 == 0 {
+            // Also one that has been asked before.
+            assert_eq!(store.extents(at, 65536, 9).unwrap(), [extent(65536, DATA)]);
+        }
+        kill_process(daemon_of(&image).unwrap(), Signal::KILL).unwrap();
+        let found = store.extents(at, 1 << 20, 9).unwrap();
+        assert_eq!(found, [extent(65536, DATA), extent((1 << 20) - 65536, HOLE)]);
+    }
+}
+
+#[test]
+fn a_daemon_that_hangs_is_asked_once_and_in_vain() {
+    let folder = Folder::new("dumb");
+    let image = folder.qcow2(&[]);
+    let store = ImageStore::open(options(&image)).unwrap();
+    assert_eq!(store.extents(0, 4096, 9).unwrap(), [extent(4096, HOLE)]);
+    let daemon = daemon_of(&image).unwrap();
+    kill_process(daemon, Signal::STOP).unwrap();
+    let begun = Instant::now();
+    assert_eq!(store.extents(0, 4096, 9).unwrap(), [extent(4096, DATA)]);
+    assert!(begun.elapsed() < Duration::from_secs(25), "it was waited for too long");
+    let begun = Instant::now();
+    assert_eq!(store.extents(0, 4096, 9).unwrap(), [extent(4096, DATA)]);
+    assert!(begun.elapsed() < Duration::from_secs(4), "it was asked again");
+    kill_process(daemon, Signal::CONT).unwrap();
+    assert_eq!(run(&store, Op::Flush, 0, &Buffers::new(), 0, false), Ok(()));
 }
