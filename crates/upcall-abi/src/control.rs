@@ -19,9 +19,11 @@
 //! | START | worker | – | – | RESULT; from then on the channels are served |
 //! | EVENT | worker | u32 event; `id` = instance | – | RESULT of the filter's `event` |
 //! | CLOSE | worker | `id` = instance | – | RESULT, when `close` has returned |
+//! | SAVE_STATE | worker | `id` = instance | memory for the state, of STATE_MAX bytes | RESULT of the filter's `save_state`; `value` = its length |
+//! | LOAD_STATE | worker | `id` = instance, `value` = length | the state | RESULT of the filter's `load_state` |
 //! | QUIT | worker | – | – | none: the filter host unloads and ends |
 //! | DESCRIPTION | host | JSON text, see below | – | |
-//! | RESULT | host | text for people, may be empty; `id` = 0 or a negative errno as u32 | – | |
+//! | RESULT | host | text for people, may be empty; `id` = 0 or a negative errno as u32; `value` = 0, or as said above | – | |
 //! | LOG | host | text; `id` = instance or u32::MAX; `value` = level | – | |
 //!
 //! The worker says ARENA, ISSUE_ARENA, CHANNEL, LOAD, OPEN in this order, then START. Later,
@@ -35,7 +37,7 @@
 //!
 //! **DESCRIPTION**: `{"wire":1,"abi":65536,"width":64,"name":"xor","version":"…","vendor":"…",
 //! "summary":"…","class":3,"flags":0,"ops":6,"sees":6,"changes":6,"answers":0,"functions":
-//! ["io_done","cancel","event"],"params":[{"name":"…","type":1,"doc":"…","default":"…"|null,
+//! ["io_done","cancel","event","save_state","load_state"],"params":[{"name":"…","type":1,"doc":"…","default":"…"|null,
 //! "choices":"…"|null,"min":0,"max":9}]}`
 //!
 //! **Counters memfd**: [`COUNTERS`] entries of 64 bytes: name (48 bytes, padded with
@@ -67,6 +69,8 @@ pub mod kind {
     pub const EVENT: u32 = 8;
     pub const CLOSE: u32 = 9;
     pub const QUIT: u32 = 10;
+    pub const SAVE_STATE: u32 = 11;
+    pub const LOAD_STATE: u32 = 12;
     pub const DESCRIPTION: u32 = 101;
     pub const RESULT: u32 = 102;
     pub const LOG: u32 = 103;

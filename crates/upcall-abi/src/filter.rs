@@ -5,7 +5,7 @@ pub const ABI_VERSION: u32 = ABI_MAJOR << 16 | ABI_MINOR;
 /// A filter with another major version is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// A filter with a newer minor version is refused.
-pub const ABI_MINOR: u32 = 1;
+pub const ABI_MINOR: u32 = 2;
 
 /// Operations, `UPCALL_READ` and so on.
 pub mod op {
@@ -53,6 +53,8 @@ pub mod filter_flag {
     pub const SIDECAR: u32 = 2;
 }
 
+/// Most bytes of a state that one instance hands to the next.
+pub const STATE_MAX: usize = 1 << 20;
 /// Most bytes of a sidecar's state.
 pub const SIDECAR_MAX: usize = 64 << 10;
 /// Most bytes of a request without data (discard, write zeroes).

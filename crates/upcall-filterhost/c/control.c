@@ -37,9 +37,10 @@ int uh_fail(struct upcall_host *host, int error, const char *format, ...) {
 }
 
 /* Sends one message; blocks while the worker is slow to read. */
-static void send_message(struct upcall_host *host, uint32_t kind, uint32_t id, const void *payload,
-                         size_t length) {
-    struct wire_header header = { .kind = kind, .version = WIRE_VERSION, .id = id };
+static void send_message(struct upcall_host *host, uint32_t kind, uint32_t id, uint32_t value,
+                         const void *payload, size_t length) {
+    struct wire_header header = { .kind = kind, .version = WIRE_VERSION, .id = id,
+                                  .value = value };
     struct iovec parts[2] = { { &header, sizeof(header) }, { (void *)payload, length } };
     struct msghdr message = { .msg_iov = parts, .msg_iovlen = 2 };
     while (sendmsg(host->control_fd, &message, MSG_NOSIGNAL) < 0 && errno == EINTR) {}
@@ -135,6 +136,9 @@ static const struct { size_t payload; uint32_t fds; bool varies; } expected[] = 
     [WIRE_MSG_START] = { 0, 0, false },
     [WIRE_MSG_EVENT] = { sizeof(uint32_t), 0, false },
     [WIRE_MSG_CLOSE] = { 0, 0, false },
+    [WIRE_MSG_QUIT] = { 0, 0, false },
+    [WIRE_MSG_SAVE_STATE] = { 0, 1, false },
+    [WIRE_MSG_LOAD_STATE] = { 0, 1, false },
 };
 
 static int check(struct upcall_host *host, const struct uh_message *message) {
@@ -156,6 +160,7 @@ static int check(struct upcall_host *host, const struct uh_message *message) {
     return 0;
 }
 
+/* 0, a length if the message asks for one, or a negative errno. */
 static int handle(struct upcall_host *host, struct uh_message *message) {
     int error = check(host, message);
     if (error)
@@ -169,6 +174,8 @@ static int handle(struct upcall_host *host, struct uh_message *message) {
     case WIRE_MSG_START: return start(host);
     case WIRE_MSG_EVENT: return uh_instance_event(host, message);
     case WIRE_MSG_CLOSE: return uh_instance_close(host, message);
+    case WIRE_MSG_SAVE_STATE: return uh_instance_save(host, message);
+    case WIRE_MSG_LOAD_STATE: return uh_instance_load(host, message);
     default: return uh_library_open(host); /* DESCRIBE; the rest is in answer() */
     }
 }
@@ -180,9 +187,10 @@ static void reply(struct upcall_host *host, const struct uh_message *message, in
     if (error == 0 && message->header.kind == WIRE_MSG_DESCRIBE)
         error = uh_describe(host, &json, &length);
     if (json)
-        send_message(host, WIRE_MSG_DESCRIPTION, 0, json, length);
+        send_message(host, WIRE_MSG_DESCRIPTION, 0, 0, json, length);
     else
-        send_message(host, WIRE_MSG_RESULT, (uint32_t)error, host->text, strlen(host->text));
+        send_message(host, WIRE_MSG_RESULT, error < 0 ? (uint32_t)error : 0,
+                     error > 0 ? (uint32_t)error : 0, host->text, strlen(host->text));
     free(json);
 }
 

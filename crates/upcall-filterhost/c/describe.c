@@ -86,7 +86,8 @@ static void put_member(struct text *text, const char *name, const char *value) {
 
 static void put_functions(struct text *text, const struct upcall_filter *t) {
     const char *names[] = { t->io_done ? "io_done" : NULL, t->cancel ? "cancel" : NULL,
-                            t->event ? "event" : NULL };
+                            t->event ? "event" : NULL, t->save_state ? "save_state" : NULL,
+                            t->load_state ? "load_state" : NULL };
     const char *comma = "";
     put(text, ",\"functions\":[", 14);
     for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)

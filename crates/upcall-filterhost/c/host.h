@@ -302,6 +302,8 @@ struct upcall_instance *uh_instance(struct upcall_host *host, uint32_t number);
 int uh_instance_open(struct upcall_host *host, struct uh_message *message);
 int uh_instance_event(struct upcall_host *host, struct uh_message *message);
 int uh_instance_close(struct upcall_host *host, struct uh_message *message);
+int uh_instance_save(struct upcall_host *host, struct uh_message *message); /* its length */
+int uh_instance_load(struct upcall_host *host, struct uh_message *message);
 int uh_instances_abandon(struct upcall_host *host); /* the worker is gone: 0 or -EBUSY */
 void uh_instances_free(struct upcall_host *host);
 const struct upcall_disk *uh_disk(struct upcall_instance *inst, uint32_t index);

@@ -164,6 +164,44 @@ int uh_instance_event(struct upcall_host *host, struct uh_message *message) {
     return 0;
 }
 
+/* ---- state ---- */
+
+int uh_instance_save(struct upcall_host *host, struct uh_message *message) {
+    struct upcall_instance *inst = uh_instance(host, message->header.id);
+    if (!is_open(inst))
+        return uh_fail(host, -ENOENT, "there is no instance %u", message->header.id);
+    if (!host->table.save_state)
+        return uh_fail(host, -ENOTSUP, "filter %s has no save_state()", host->table.name);
+    void *state = uh_map(message->fds[0], UPCALL_STATE_MAX, true);
+    if (!state)
+        return uh_fail(host, -errno, "cannot map the memory for a state: %s", strerror(errno));
+    int length = host->table.save_state(inst->self, state, UPCALL_STATE_MAX);
+    munmap(state, UPCALL_STATE_MAX);
+    if (length < 0 || (uint32_t)length > UPCALL_STATE_MAX)
+        return uh_fail(host, length < 0 ? length : -EMSGSIZE, "save_state() of filter %s gave %d (%s)",
+                       host->table.name, length, strerror(length < 0 ? -length : EMSGSIZE));
+    return length;
+}
+
+int uh_instance_load(struct upcall_host *host, struct uh_message *message) {
+    struct upcall_instance *inst = uh_instance(host, message->header.id);
+    uint32_t length = message->header.value;
+    if (!is_open(inst))
+        return uh_fail(host, -ENOENT, "there is no instance %u", message->header.id);
+    if (!host->table.load_state || length > UPCALL_STATE_MAX)
+        return uh_fail(host, -ENOTSUP, "filter %s takes over no state of %u bytes",
+                       host->table.name, length);
+    void *state = uh_map(message->fds[0], UPCALL_STATE_MAX, false);
+    if (!state)
+        return uh_fail(host, -errno, "cannot map a state: %s", strerror(errno));
+    int error = host->table.load_state(inst->self, state, length);
+    munmap(state, UPCALL_STATE_MAX);
+    if (error)
+        return uh_fail(host, error < 0 ? error : -EINVAL, "load_state() of filter %s gave %d (%s)",
+                       host->table.name, error, strerror(error < 0 ? -error : EINVAL));
+    return 0;
+}
+
 /* Closed, and no callback will come any more, if the filter has nothing of this instance left. */
 static bool try_to_close(struct upcall_host *host, struct upcall_instance *inst) {
     uh_channels_lock(host);

@@ -130,5 +130,7 @@ int main(void) {
     FIELD(upcall_filter, io_done);
     FIELD(upcall_filter, cancel);
     FIELD(upcall_filter, event);
+    FIELD(upcall_filter, save_state);
+    FIELD(upcall_filter, load_state);
     return 0;
 }

@@ -62,6 +62,10 @@ pub struct Description {
     pub has_cancel: bool,
     /// Whether it has `event`.
     pub has_event: bool,
+    /// Whether it can hand its state to another instance.
+    pub has_save_state: bool,
+    /// Whether it can take over the state of another instance.
+    pub has_load_state: bool,
     /// What the operator may set.
     pub params: Vec<Param>,
 }
@@ -189,6 +193,8 @@ impl Raw {
             has_io_done: has("io_done"),
             has_cancel: has("cancel"),
             has_event: has("event"),
+            has_save_state: has("save_state"),
+            has_load_state: has("load_state"),
             name: self.name,
             params,
         })
@@ -329,7 +335,7 @@ pub(crate) mod tests {
     fn each_wrong_field_is_refused_with_its_name() {
         for (field, value, says) in [
             ("wire", json!(2), "wire version 2"),
-            ("abi", json!(65538), "version 1.2"),
+            ("abi", json!(65539), "version 1.3"),
             ("abi", json!(2 << 16), "version 2.0"),
             ("width", json!(32), "32 bits in a file of 64"),
             ("name", json!(""), "name"),

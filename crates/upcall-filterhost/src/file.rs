@@ -73,6 +73,12 @@ impl FilterFile {
         }
     }
 
+    /// The same file, whatever is at its path by now.
+    pub fn try_clone(&self) -> io::Result<FilterFile> {
+        let (path, width) = (self.path.clone(), self.width);
+        Ok(FilterFile { path, file: self.file.try_clone()?, width })
+    }
+
     /// As it was given.
     pub fn path(&self) -> &Path {
         &self.path

@@ -13,13 +13,17 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
+use upcall_ring::memfd;
+
 use upcall_abi::WIRE_VERSION;
 use upcall_abi::control::{DESCRIPTORS_MAX, Disk, Header, MESSAGE_MAX, kind};
+use upcall_abi::filter::STATE_MAX;
 
 use crate::bounds::Bounds;
 use crate::counters::Counters;
@@ -142,7 +146,7 @@ impl Engine {
 
 /// What a host answered.
 enum Answer {
-    Result { errno: i32, text: String },
+    Result { errno: i32, value: u32, text: String },
     Description(Vec<u8>),
 }
 
@@ -150,6 +154,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a host that closed its socket may take to end, so that we can say how it did.
 const END_PATIENCE: Duration = Duration::from_secs(1);
 const TEXT_MAX: usize = 600;
+/// ENOTSUP, as filters say it.
+const NOT_SUPPORTED: i32 = 95;
 
 impl HostProcess {
     /// Starts a filter host for `file`. No code of the filter runs before
@@ -234,7 +240,7 @@ impl HostProcess {
             Answer::Result { errno: 0, .. } => {
                 Err(self.misbehaved(STEP, "described nothing".into()))
             }
-            Answer::Result { errno, text } => Err(self.refused(STEP, errno, text)),
+            Answer::Result { errno, text, .. } => Err(self.refused(STEP, errno, text)),
         }
     }
 
@@ -315,6 +321,40 @@ impl HostProcess {
     /// Delivers an event of the chain to an instance.
     pub fn event(&mut self, instance: u32, event: u32) -> Result<(), FilterError> {
         self.expect("EVENT", header(kind::EVENT, instance, 0), &event.to_le_bytes(), &[])
+    }
+
+    /// Asks an instance, which has no request, for its state, for the one that takes its place.
+    /// None: it has nothing to hand over.
+    pub fn save_state(&mut self, instance: u32) -> Result<Option<Vec<u8>>, FilterError> {
+        const STEP: &str = "SAVE_STATE";
+        let memory = memfd("upcall-state", STATE_MAX).map_err(|error| self.system(STEP, error))?;
+        let saved =
+            self.expect_value(STEP, header(kind::SAVE_STATE, instance, 0), &[], &[memory.as_fd()]);
+        let length = match saved {
+            Ok(length) if length as usize <= STATE_MAX => length,
+            Ok(length) => return Err(self.misbehaved(STEP, format!("saved {length} bytes"))),
+            Err(FilterError::Refused { errno: NOT_SUPPORTED, .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        // Read, not mapped: the host may still do with that memory what it likes.
+        let mut state = vec![0; length as usize];
+        match std::fs::File::from(memory).read_exact_at(&mut state, 0) {
+            Ok(()) => Ok(Some(state)),
+            Err(_) => Err(self.misbehaved(STEP, "took back the state that it saved".into())),
+        }
+    }
+
+    /// Hands an instance the state of the one before, before its first request.
+    pub fn load_state(&mut self, instance: u32, state: &[u8]) -> Result<(), FilterError> {
+        const STEP: &str = "LOAD_STATE";
+        if state.len() > STATE_MAX {
+            return Err(self.too_large(format!("a state has at most {STATE_MAX} bytes")));
+        }
+        let memory = memfd("upcall-state", STATE_MAX).map_err(|error| self.system(STEP, error))?;
+        let memory = std::fs::File::from(memory);
+        memory.write_all_at(state, 0).map_err(|error| self.system(STEP, error))?;
+        let header = header(kind::LOAD_STATE, instance, state.len() as u32);
+        self.expect(STEP, header, &[], &[memory.as_fd()])
     }
 
     /// Closes an instance. None of its requests may be with the filter, and those that it
@@ -403,9 +443,20 @@ impl HostProcess {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), FilterError> {
+        self.expect_value(step, header, payload, fds).map(drop)
+    }
+
+    /// The same, and what its `value` says.
+    fn expect_value(
+        &mut self,
+        step: &'static str,
+        header: Header,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<u32, FilterError> {
         match self.ask(step, header, payload, fds)? {
-            Answer::Result { errno: 0, .. } => Ok(()),
-            Answer::Result { errno, text } => Err(self.refused(step, errno, text)),
+            Answer::Result { errno: 0, value, .. } => Ok(value),
+            Answer::Result { errno, text, .. } => Err(self.refused(step, errno, text)),
             Answer::Description(_) => Err(self.misbehaved(step, "described itself".into())),
         }
     }
@@ -481,7 +532,7 @@ impl HostProcess {
                 kind::RESULT => match errno_of(header.id) {
                     Some(errno) => {
                         let text = clean(payload, TEXT_MAX);
-                        return Ok(Some(Answer::Result { errno, text }));
+                        return Ok(Some(Answer::Result { errno, value: header.value, text }));
                     }
                     None => {
                         let what = format!("answered with {}, which is no errno", header.id as i32);

@@ -40,6 +40,23 @@ pub trait Filter: Send + Sync + Sized + 'static {
         let _ = event;
         Ok(())
     }
+
+    /// What the instance keeps in memory and hands to the one that takes its place, when the
+    /// filter is replaced while the disk is in use; at most
+    /// [`STATE_MAX`](crate::STATE_MAX) bytes. No request is with the filter; if the replacement
+    /// is given up, the same state comes back to another instance of this filter. None: there
+    /// is nothing to hand over. An error: the filter is not replaced now.
+    fn save_state(&self) -> Result<Option<Vec<u8>>, Errno> {
+        Ok(None)
+    }
+
+    /// Takes over what an instance of this filter, of any version, handed over. Called after
+    /// [`open`](Self::open) and before the first request, and not where there is nothing to take
+    /// over. An error: the replacement is given up.
+    fn load_state(&self, state: &[u8]) -> Result<(), Errno> {
+        let _ = state;
+        Ok(())
+    }
 }
 
 /// Something that happens to a disk.
@@ -50,4 +67,8 @@ pub enum Event {
     Stun,
     /// Requests come again.
     Unstun,
+    /// The instance joins the chain of a disk that is in use.
+    Attach,
+    /// It leaves the chain, and nobody takes its place.
+    Detach,
 }

@@ -96,6 +96,7 @@ pub use op::{Op, OpSet};
 pub use report::{Counter, Level};
 pub use request::{Completion, Held, HeldCompletion, Request, Verdict};
 pub use sidecar::Sidecar;
+pub use sys::STATE_MAX;
 #[doc(hidden)]
 pub use table::{Table, table};
 

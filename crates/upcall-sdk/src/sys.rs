@@ -9,7 +9,9 @@ use std::ffi::{c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
 
 pub const ABI_MAJOR: u32 = 1;
-pub const ABI_MINOR: u32 = 1;
+pub const ABI_MINOR: u32 = 2;
+/// Most bytes of a state that one instance hands to the next.
+pub const STATE_MAX: usize = 1 << 20;
 pub const ABI_VERSION: u32 = ABI_MAJOR << 16 | ABI_MINOR;
 
 pub const PASS: u32 = 0;
@@ -35,6 +37,8 @@ pub const PARAM_ADDRESS: u32 = 10;
 
 pub const EVENT_STUN: u32 = 1;
 pub const EVENT_UNSTUN: u32 = 2;
+pub const EVENT_ATTACH: u32 = 3;
+pub const EVENT_DETACH: u32 = 4;
 
 pub const FILTER_ISSUES: u32 = 1;
 pub const FILTER_SIDECAR: u32 = 2;
@@ -183,6 +187,10 @@ pub struct Filter {
     pub io_done: Option<unsafe extern "C" fn(this: *mut c_void, req: *mut Request) -> u32>,
     pub cancel: Option<unsafe extern "C" fn(this: *mut c_void, context: *mut c_void)>,
     pub event: Option<unsafe extern "C" fn(this: *mut c_void, event: u32) -> i32>,
+    pub save_state:
+        Option<unsafe extern "C" fn(this: *mut c_void, buf: *mut c_void, size: u32) -> i32>,
+    pub load_state:
+        Option<unsafe extern "C" fn(this: *mut c_void, buf: *const c_void, length: u32) -> i32>,
 }
 
 /// One struct of the header: its name, its size, its fields' offsets; first at 64 bits,
@@ -238,11 +246,12 @@ layout! {
         watch_stop [96, 52], run_blocking [104, 56], counter [112, 60], counter_add [120, 64],
         log [128, 68], sidecar_read [136, 72], sidecar_write [144, 76], sidecar_sync [152, 80],
     }
-    "upcall_filter" Filter [144, 88] {
+    "upcall_filter" Filter [160, 96] {
         size [0, 0], abi_version [4, 4], name [8, 8], version [16, 12], vendor [24, 16],
         summary [32, 20], filter_class [40, 24], flags [44, 28], ops [48, 32], sees [52, 36],
         changes [56, 40], answers [60, 44], param_count [64, 48], params [72, 52],
         load [80, 56], unload [88, 60], open [96, 64], close [104, 68], start_io [112, 72],
         io_done [120, 76], cancel [128, 80], event [136, 84],
+        save_state [144, 88], load_state [152, 92],
     }
 }

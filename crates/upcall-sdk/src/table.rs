@@ -50,6 +50,8 @@ pub const fn table<F: Filter>() -> Table {
         io_done: Some(io_done::<F>),
         cancel: Some(cancel::<F>),
         event: Some(event::<F>),
+        save_state: Some(save_state::<F>),
+        load_state: Some(load_state::<F>),
     })
 }
 
@@ -197,6 +199,38 @@ unsafe extern "C" fn cancel<F: Filter>(this: *mut c_void, context: *mut c_void) 
     });
 }
 
+unsafe extern "C" fn save_state<F: Filter>(this: *mut c_void, buf: *mut c_void, size: u32) -> i32 {
+    guard("save_state", || {
+        // SAFETY: as in `start_io`.
+        let opened = unsafe { &*this.cast::<Opened<F>>() };
+        let state = match opened.filter.save_state() {
+            Ok(Some(state)) => state,
+            Ok(None) => return Errno::EOPNOTSUPP.negative(),
+            Err(errno) => return errno.negative(),
+        };
+        if state.len() > size as usize {
+            return Errno::E2BIG.negative();
+        }
+        // SAFETY: the header: `size` bytes at `buf` are ours during this call.
+        unsafe { std::ptr::copy_nonoverlapping(state.as_ptr(), buf.cast(), state.len()) };
+        state.len() as i32
+    })
+}
+
+unsafe extern "C" fn load_state<F: Filter>(
+    this: *mut c_void,
+    buf: *const c_void,
+    length: u32,
+) -> i32 {
+    guard("load_state", || {
+        // SAFETY: as in `start_io`.
+        let opened = unsafe { &*this.cast::<Opened<F>>() };
+        // SAFETY: the header: `length` bytes at `buf`, which nobody changes during this call.
+        let state = unsafe { std::slice::from_raw_parts(buf.cast::<u8>(), length as usize) };
+        opened.filter.load_state(state).map_or_else(Errno::negative, |()| 0)
+    })
+}
+
 unsafe extern "C" fn event<F: Filter>(this: *mut c_void, event: u32) -> i32 {
     guard("event", || {
         // SAFETY: as in `start_io`.
@@ -204,6 +238,8 @@ unsafe extern "C" fn event<F: Filter>(this: *mut c_void, event: u32) -> i32 {
         let event = match event {
             sys::EVENT_STUN => Event::Stun,
             sys::EVENT_UNSTUN => Event::Unstun,
+            sys::EVENT_ATTACH => Event::Attach,
+            sys::EVENT_DETACH => Event::Detach,
             _ => return 0, // of a newer framework, which must bear that we do not know it
         };
         opened.filter.event(event).map_or_else(Errno::negative, |()| 0)

@@ -11,7 +11,7 @@ static uint32_t start_io(void *self, struct upcall_request *req) {
 extern "C" UPCALL_EXPORT_FILTER = {
     sizeof(struct upcall_filter), UPCALL_ABI_VERSION, "header", "1", "none", "compiles",
     UPCALL_CLASS_INSPECTION, 0, UPCALL_OP_BIT(UPCALL_READ), 0, 0, 0, 0, nullptr, load, nullptr,
-    nullptr, nullptr, start_io, nullptr, nullptr, nullptr,
+    nullptr, nullptr, start_io, nullptr, nullptr, nullptr, nullptr, nullptr,
 };
 #define CHECK_LAYOUT static_assert
 #else

@@ -340,9 +340,36 @@ impl<F: Filter> Host<F> {
         let number = match event {
             Event::Stun => sys::EVENT_STUN,
             Event::Unstun => sys::EVENT_UNSTUN,
+            Event::Attach => sys::EVENT_ATTACH,
+            Event::Detach => sys::EVENT_DETACH,
         };
         // SAFETY: `this` is of `open`.
         Errno::result(unsafe { (self.table.event.expect("event"))(self.this, number) })
+    }
+
+    /// What the filter hands to the instance that takes its place.
+    pub fn save_state(&mut self) -> Result<Option<Vec<u8>>, Errno> {
+        let mut state = vec![0; sys::STATE_MAX];
+        let (buf, size) = (state.as_mut_ptr().cast(), sys::STATE_MAX as u32);
+        // SAFETY: `this` is of `open`; the memory is `size` bytes.
+        let saved = unsafe { (self.table.save_state.expect("save_state"))(self.this, buf, size) };
+        match usize::try_from(saved) {
+            Ok(length) => {
+                state.truncate(length);
+                Ok(Some(state))
+            }
+            Err(_) if saved == Errno::EOPNOTSUPP.negative() => Ok(None),
+            Err(_) => Errno::result(saved).map(|()| None),
+        }
+    }
+
+    /// Hands the filter what another instance of it saved.
+    pub fn load_state(&mut self, state: &[u8]) -> Result<(), Errno> {
+        let (buf, length) = (state.as_ptr().cast(), state.len() as u32);
+        // SAFETY: `this` is of `open`; the memory is `length` bytes.
+        let loaded =
+            unsafe { (self.table.load_state.expect("load_state"))(self.this, buf, length) };
+        Errno::result(loaded)
     }
 
     /// Brings a request to its end: completes what is below, ends issued requests, does

@@ -58,9 +58,10 @@ extern "C" {
  * as its author compiled it, and what lies beyond is taken as zero.
  *
  * 1.1: UPCALL_FILTER_SIDECAR; sidecar_read(), sidecar_write(), sidecar_sync().
+ * 1.2: upcall_filter.save_state, load_state; events ATTACH and DETACH.
  */
 #define UPCALL_ABI_MAJOR 1u
-#define UPCALL_ABI_MINOR 1u
+#define UPCALL_ABI_MINOR 2u
 #define UPCALL_ABI_VERSION ((UPCALL_ABI_MAJOR << 16) | UPCALL_ABI_MINOR)
 
 /* Operations. In masks, use UPCALL_OP_BIT. */
@@ -323,8 +324,25 @@ struct upcall_services {
 /* Most bytes of a sidecar. */
 #define UPCALL_SIDECAR_MAX 65536u
 
-/* Events; see upcall_filter.event. */
-enum { UPCALL_EVENT_STUN = 1, UPCALL_EVENT_UNSTUN = 2 };
+/* Most bytes of a state that one instance hands to the next; see upcall_filter.save_state. */
+#define UPCALL_STATE_MAX 1048576u
+
+/*
+ * Events; see upcall_filter.event. A filter answers within a second, or counts as one that
+ * hangs. One that it does not know, it answers with 0.
+ */
+enum {
+    /*
+     * The disk stands still: no request is in flight, and none comes until UNSTUN. To
+     * refuse it gives the chain change up for which it is.
+     */
+    UPCALL_EVENT_STUN = 1,
+    UPCALL_EVENT_UNSTUN = 2, /* requests come again */
+    /* Since 1.2: the instance joins the chain of a disk that is in use; after load_state(). */
+    UPCALL_EVENT_ATTACH = 3,
+    /* Since 1.2: it leaves the chain, and nobody takes its place; before close(). */
+    UPCALL_EVENT_DETACH = 4
+};
 
 /* upcall_filter.flags */
 #define UPCALL_FILTER_ISSUES 1u  /* issues requests of its own */
@@ -402,6 +420,26 @@ struct upcall_filter {
 
     /* UPCALL_EVENT_...; 0, or a negative errno to refuse. */
     int32_t (*event)(void *self, uint32_t event);
+
+    /*
+     * Since 1.2. What an instance keeps in memory goes on in the one that takes its place when
+     * the filter is replaced (by a newer version, or with other parameters) while the disk
+     * is in use. No request is with the filter then.
+     *
+     * save_state(): called before close(). Puts the state at @buf, at most @size bytes
+     * (UPCALL_STATE_MAX), and returns its length; -ENOTSUP: there is nothing to hand over;
+     * another negative errno: the filter is not replaced now. It goes on serving if the change
+     * is given up: then the same state comes back to another instance of it.
+     *
+     * load_state(): called once after open() and before the first request, and only with what a
+     * save_state() of this filter (by name) gave, of any version. The instance before is
+     * closed by then. 0, or a negative errno: the change is given up. Not called where there is
+     * nothing to take over: after a crash a filter has its sidecar alone.
+     *
+     * No two instances of one slot are ever open at once.
+     */
+    int32_t (*save_state)(void *self, void *buf, uint32_t size);
+    int32_t (*load_state)(void *self, const void *buf, uint32_t length);
 };
 
 /*
