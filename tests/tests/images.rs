@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -80,6 +80,24 @@ fn an_image_behind_filters_holds_what_they_made_of_it() {
     Kind::QCOW2.expect_sound(&image);
     let raw = Kind::QCOW2.to_raw(&scratch, &image);
     assert!(workload.compare_image(&raw).is_err(), "xor did nothing");
+}
+
+/// QEMU gives a cluster back that is zeroes, also while something is written to it.
+#[test]
+fn zeroes_beside_writes_to_the_same_cluster_cost_no_byte() {
+    let scratch = Scratch::new();
+    // Few clusters, so that requests meet in them.
+    let image = Kind::QCOW2.create(&scratch, "disk", 512 << 10);
+    let server = serve(&scratch, &Kind::QCOW2.words(&image), &[]);
+    let mut driver = connect(&scratch);
+    let mut workload = Workload::on(5, &mut driver);
+    let mix = Mix { zeroes: 60, discards: 20, reads: 10, sectors_max: 256, ..Mix::default() };
+    workload.run(&mut driver, &mix, 60_000);
+    workload.read_back(&mut driver);
+    drop(driver);
+    server.stop();
+    Kind::QCOW2.expect_sound(&image);
+    workload.check_image(&Kind::QCOW2.to_raw(&scratch, &image));
 }
 
 /// What was completed is not lost with the daemon that had not yet written its tables.
@@ -167,28 +185,31 @@ fn what_was_written_and_not_flushed_survives_a_worker_that_is_started_again() {
     Kind::QCOW2.expect_sound(&image);
 }
 
-/// Few kills: a campaign of 200 (`UPCALL_KILLS`) has once read old bytes where zeroes were
-/// due, which is not understood yet; see the failure model.
+/// A few kills; `UPCALL_KILLS` says how many.
 #[test]
 fn a_daemon_that_is_killed_again_and_again_costs_no_byte_and_no_error() {
-    let kills = std::env::var("UPCALL_KILLS").map_or(4, |text| text.parse().unwrap());
+    let kills = std::env::var("UPCALL_KILLS").map_or(20, |text| text.parse().unwrap());
     let scratch = Scratch::new();
     let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
     let server = serve(&scratch, &Kind::QCOW2.words(&image), &[]);
     let mut driver = connect(&scratch);
     let mut workload = Workload::on(77, &mut driver);
-    let (over, pid) = (AtomicBool::new(false), server.pid());
+    let began = Instant::now();
+    let (over, rounds, pid) = (AtomicBool::new(false), AtomicU64::new(0), server.pid());
     thread::scope(|scope| {
         scope.spawn(|| {
             for nth in 0..kills {
-                // Some while it starts, most in the midst of work.
+                // Some while it starts, some when it has just got all again, others in the
+                // midst of new work.
                 let pause_ms = if nth % 4 == 0 { 37 * nth % 100 } else { 200 + 97 * nth % 300 };
-                thread::sleep(Duration::from_millis(pause_ms));
+                let work = if nth % 8 == 7 { 2 } else { 0 };
+                let goal = rounds.load(Ordering::Relaxed) + work;
                 let deadline = Instant::now() + Duration::from_secs(20);
-                while daemons(pid).is_empty() {
+                while rounds.load(Ordering::Relaxed) < goal || daemons(pid).is_empty() {
                     assert!(Instant::now() < deadline, "no daemon comes back");
                     thread::sleep(Duration::from_millis(5));
                 }
+                thread::sleep(Duration::from_millis(pause_ms));
                 for pid in daemons(pid) {
                     let _ = kill_process(pid, Signal::KILL);
                 }
@@ -197,7 +218,8 @@ fn a_daemon_that_is_killed_again_and_again_costs_no_byte_and_no_error() {
         });
         // Every request is expected to succeed, every byte read to be right.
         while !over.load(Ordering::Relaxed) {
-            workload.run(&mut driver, &Mix::default(), 100);
+            workload.run(&mut driver, &Mix::default(), 40);
+            rounds.fetch_add(1, Ordering::Relaxed);
         }
     });
     workload.read_back(&mut driver);
@@ -205,9 +227,15 @@ fn a_daemon_that_is_killed_again_and_again_costs_no_byte_and_no_error() {
     let log = server.stderr();
     server.stop();
     assert!(log.matches("signal 9").count() as u64 >= kills * 3 / 4, "{log}");
-    assert!(log.matches("is started again").count() as u64 >= kills / 4, "{log}");
+    assert!(log.matches("is started again").count() as u64 >= kills / 10, "{log}");
     Kind::QCOW2.expect_sound(&image);
     workload.check_image(&Kind::QCOW2.to_raw(&scratch, &image));
+    let requests = 40 * rounds.load(Ordering::Relaxed);
+    println!(
+        "ledger: {{\"kind\":\"image-daemon-kill\",\"count\":{kills},\"faults\":{kills},\
+         \"requests\":{requests},\"seconds\":{:.0},\"result\":\"ok\"}}",
+        began.elapsed().as_secs_f64()
+    );
 }
 
 #[test]

@@ -17,6 +17,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use upcall_block::{Errno, Op, Range, Status};
 
+/// The largest clusters that qcow2 has.
+const CLUSTER_BYTES_MAX: u64 = 2 << 20;
+
 /// A request, or a part of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ask {
@@ -169,7 +172,7 @@ impl<S> Ledger<S> {
         }
         let (number, Entry { ask, .. }) = self.waiting.front()?;
         let Ask { id, op, range, unmap, .. } = *ask;
-        if op.is_modification() && self.flying.values().any(|other| conflicts(&other.ask, range)) {
+        if self.flying.values().any(|other| conflicts(&other.ask, ask)) {
             return None;
         }
         Some(Next { key: Key::Request(*number), op, range, unmap, id: Some(id) })
@@ -182,7 +185,7 @@ impl<S> Ledger<S> {
             return is_over.then_some(OWN_FLUSH);
         };
         let Ask { op, range, unmap, .. } = kept.ask;
-        let blocked = again.flying.iter().any(|index| conflicts(&self.kept[*index].ask, range));
+        let blocked = again.flying.iter().any(|index| conflicts(&self.kept[*index].ask, &kept.ask));
         (!blocked).then_some(Next { key: Key::Again(again.next), op, range, unmap, id: None })
     }
 
@@ -354,12 +357,18 @@ impl<S> Ledger<S> {
 const OWN_FLUSH: Next =
     Next { key: Key::OwnFlush, op: Op::Flush, range: Range::EMPTY, unmap: false, id: None };
 
-/// Whether a modification of `range` must wait for `other`.
-fn conflicts(other: &Ask, range: Range) -> bool {
-    let end = |range: Range| range.offset() + u64::from(range.length());
-    other.op.is_modification()
-        && other.range.offset() < end(range)
-        && range.offset() < end(other.range)
+/// Whether `ask` must wait for `other`, which flies: both modify, and overlap. What zeroes
+/// takes all of each cluster that it touches: QEMU gives a cluster back when one request
+/// has zeroed what was left in it, also while another still writes to other bytes of it.
+fn conflicts(other: &Ask, ask: &Ask) -> bool {
+    if !other.op.is_modification() || !ask.op.is_modification() {
+        return false;
+    }
+    let is_write = |ask: &Ask| ask.op == Op::Write;
+    let unit = if is_write(other) && is_write(ask) { 1 } else { CLUSTER_BYTES_MAX };
+    let first = |range: Range| range.offset() / unit;
+    let end = |range: Range| (range.offset() + u64::from(range.length())).div_ceil(unit);
+    first(other.range) < end(ask.range) && first(ask.range) < end(other.range)
 }
 
 #[cfg(test)]
