@@ -1,7 +1,8 @@
 //! Where data ends up: raw files and block devices, images of other formats, memory, nothing.
 //!
 //! * [`RawStore`]: an image whose bytes are the disk's bytes, on io_uring or on a few threads.
-//! * [`ImageStore`]: qcow2, VMDK and others, read by a confined qemu-storage-daemon.
+//! * [`ImageStore`]: qcow2, VMDK and others, read by a confined qemu-storage-daemon; so is what
+//!   another NBD server has.
 //! * [`MemoryStore`]: memory that is gone when the store is. [`NullStore`]: reads zeroes.
 //!
 //! Formats are never probed: a file is raw because the operator said so, and a guest that
@@ -20,6 +21,6 @@ mod raw;
 pub mod testing;
 
 pub use error::OpenError;
-pub use image::{ImageFormat, ImageOptions, ImageStore, Layer};
+pub use image::{ImageFormat, ImageOptions, ImageSource, ImageStore, Layer, NbdPlace, NbdServer};
 pub use memory::{MemoryStore, NullStore};
 pub use raw::{Engine, OnFailure, RawOptions, RawStore};

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use upcall_chain::{OnFailure, RecoveryPolicy};
 pub use upcall_filterhost::Placement;
 pub use upcall_nbd::TlsFiles;
-pub use upcall_store::{Engine, ImageFormat, ImageOptions, Layer};
+pub use upcall_store::{
+    Engine, ImageFormat, ImageOptions, ImageSource, Layer, NbdPlace, NbdServer,
+};
 
 /// All that one worker serves: the disks of one VM.
 pub struct WorkerConfig {
@@ -100,7 +102,7 @@ pub enum StoreConfig {
         /// How it is read and written.
         engine: Engine,
     },
-    /// An image of another format. Whether it is read-only is the disk's to say, and who is
+    /// An image of another format, or what another NBD server has. Whether it is read-only is the disk's to say, and who is
     /// told of its daemon is the worker's.
     Image(Box<ImageOptions>),
     /// Memory of the worker, lost at its end.

@@ -21,9 +21,9 @@ mod start;
 mod worker;
 
 pub use config::{
-    DiskConfig, Engine, FrontendConfig, ImageFormat, ImageOptions, Layer, LogLevel, LogSink,
-    NbdAddress, NbdConfig, NbdTls, Placement, ReportFailure, SlotConfig, SocketSource, StoreConfig,
-    StoreFailures, TlsFiles, WorkerConfig,
+    DiskConfig, Engine, FrontendConfig, ImageFormat, ImageOptions, ImageSource, Layer, LogLevel,
+    LogSink, NbdAddress, NbdConfig, NbdPlace, NbdServer, NbdTls, Placement, ReportFailure,
+    SlotConfig, SocketSource, StoreConfig, StoreFailures, TlsFiles, WorkerConfig,
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;

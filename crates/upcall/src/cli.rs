@@ -147,13 +147,16 @@ pub struct ImageCheckArgs {
 #[derive(Debug, Args)]
 #[command(after_long_help = SERVE_EXAMPLES)]
 pub struct ServeArgs {
-    /// A disk: name=NAME, one of file=PATH, memory=SIZE or null=SIZE, and any of the words below
+    /// A disk: name=NAME, its data, and any of the words below
     ///
     /// Commas in values are doubled. Words:
     ///
     /// name=NAME: in messages and for --filter; letters, digits, -, _ and .
     /// file=PATH: an image file or block device.
     /// memory=SIZE: memory, lost at the end. null=SIZE: reads zeroes, forgets writes.
+    /// remote=unix:PATH|HOST:PORT: a disk that an NBD server has, through a confined
+    /// qemu-storage-daemon; remote-export=NAME: which of its exports (default: its default).
+    /// One of these four it must have.
     /// format=raw|qcow2|vmdk|vhdx|vdi|vpc: what the image is (default: raw); never probed.
     /// What is not raw is read by a confined qemu-storage-daemon, which opens nothing but
     /// the files named here, whatever the image names.
@@ -174,7 +177,7 @@ pub struct ServeArgs {
     /// serial=TEXT: the disk's serial number, at most 20 bytes (default: its name).
     /// write-cache=on|off: off makes each write durable before it completes (default: on).
     /// state=DIR: where its filters keep their state (default: PATH.upcall beside a file; in
-    /// memory for memory and null).
+    /// memory for memory and null; remote: nowhere).
     ///
     /// nbd=unix:PATH|HOST:PORT|fd:N: serve it to NBD clients there. Without socket= and fd=,
     /// only to them. Disks with the same address are exports of one server.

@@ -6,13 +6,13 @@
 //!
 //! A daemon has an empty environment, its own process group (a Ctrl-C for us is not one for
 //! it: we flush first), `/dev/null` as standard input and output, and besides its standard
-//! error exactly the descriptors of its [`Plan`] and the two sockets it listens on.
+//! error exactly the descriptors of its [`Plan`] and its [`Sockets`].
 //!
 //! Always true: a [`Daemon`] that was ended is gone, with all its threads, so that nothing
 //! writes to the image or to our memory any more.
 
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -29,26 +29,21 @@ use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal};
 
 use crate::image::confine::{Program, Reason, confine};
 use crate::image::extents::Oracle;
-use crate::image::plan::{Plan, TOP};
+use crate::image::plan::{Plan, Sockets, TOP};
 
 /// Bytes that are kept of what a daemon says.
 const SAID_BYTES: usize = 4096;
-
-/// Where a daemon listens: for requests, and for questions about allocation.
-struct Listeners {
-    requests: OwnedFd,
-    questions: OwnedFd,
-}
 
 /// The thread that starts daemons.
 pub(crate) struct Starter {
     orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<()>>,
+    plan: Arc<Plan>,
     oracle: Arc<Oracle>,
 }
 
 struct Order {
-    listeners: Listeners,
+    sockets: Sockets,
     answer: Sender<io::Result<Child>>,
 }
 
@@ -57,20 +52,22 @@ impl Starter {
     pub fn new(program: Program, plan: Arc<Plan>, oracle: Arc<Oracle>) -> Result<Starter, Reason> {
         let (orders, todo) = channel::<Order>();
         let (ready, is_ready) = channel();
+        let its_plan = plan.clone();
         let run = move || {
+            let plan = its_plan;
             let confined = confine(&program, &plan);
             let go_on = confined.is_ok();
             let _ = ready.send(confined);
             if go_on {
-                for Order { listeners, answer } in todo {
-                    let _ = answer.send(spawn(&program, &plan, listeners));
+                for Order { sockets, answer } in todo {
+                    let _ = answer.send(spawn(&program, &plan, sockets));
                 }
             }
         };
         let thread = std::thread::Builder::new().name("image-starter".into()).spawn(run);
         let thread = thread.map_err(|error| format!("cannot start a thread: {error}"))?;
         is_ready.recv().unwrap_or_else(|_| Err("the thread that starts it ended".into()))?;
-        Ok(Starter { orders: Some(orders), thread: Some(thread), oracle })
+        Ok(Starter { orders: Some(orders), thread: Some(thread), plan, oracle })
     }
 
     /// Starts a daemon, and connects to it. It may not have opened the image yet.
@@ -79,8 +76,9 @@ impl Starter {
         let (questions, asking) = rendezvous()?;
         let (answer, answered) = channel();
         let gone = || io::Error::other("the thread that starts daemons is gone");
-        let listeners = Listeners { requests: requests.into(), questions: questions.into() };
-        let order = Order { listeners, answer };
+        let server = self.plan.connect()?;
+        let sockets = Sockets { requests: requests.into(), questions: questions.into(), server };
+        let order = Order { sockets, answer };
         self.orders.as_ref().ok_or_else(gone)?.send(order).map_err(|_| gone())?;
         let child = answered.recv().map_err(|_| gone())??;
         self.oracle.renew(asking, TOP);
@@ -119,20 +117,18 @@ fn rendezvous() -> io::Result<(UnixListener, UnixStream)> {
     made
 }
 
-fn spawn(program: &Program, plan: &Arc<Plan>, listeners: Listeners) -> io::Result<Child> {
+fn spawn(program: &Program, plan: &Arc<Plan>, sockets: Sockets) -> io::Result<Child> {
     let parent = rustix::process::getpid();
-    let Listeners { requests, questions } = listeners;
     let mut command = Command::new(&program.path);
     command
-        .args(plan.arguments(requests.as_raw_fd(), questions.as_raw_fd()))
+        .args(plan.arguments(&sockets))
         .env_clear()
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let plan = plan.clone();
-    let prepare =
-        move || prepare(parent, plan.inherited().chain([requests.as_fd(), questions.as_fd()]));
+    let prepare = move || prepare(parent, plan.inherited().chain(sockets.all()));
     // SAFETY: between fork and exec `prepare` makes system calls only; it neither allocates
     // nor locks. It owns what it uses.
     unsafe { command.pre_exec(prepare) };

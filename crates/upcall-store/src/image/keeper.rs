@@ -123,6 +123,11 @@ impl Keeper {
         patience: Duration,
     ) -> io::Result<Keeper> {
         let arena = Arena::new(ring.memory().clone(), ring.data_offset(), DATA_BYTES)?;
+        let mut ledger = Ledger::new();
+        if shared.failure.get().is_some() {
+            // As it was under whoever opened the image before.
+            ledger.fail(&mut Outcome::default());
+        }
         Ok(Keeper {
             shared,
             port,
@@ -132,7 +137,7 @@ impl Keeper {
             link: Some(link),
             ring,
             arena,
-            ledger: Ledger::new(),
+            ledger,
             slots: [const { None }; SLOT_COUNT],
             parents: HashMap::new(),
             next_parent: 0,

@@ -18,6 +18,7 @@ mod keeper;
 mod ledger;
 mod nbd;
 mod plan;
+mod remote;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,7 @@ mod vmdk;
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -39,6 +40,7 @@ use upcall_block::{
 use upcall_ring::{Access, Buffers, Mapping};
 
 pub use format::ImageFormat;
+pub use remote::{NbdPlace, NbdServer};
 
 use crate::OpenError;
 use crate::image::confine::Program;
@@ -61,12 +63,31 @@ pub struct Layer {
     pub path: PathBuf,
 }
 
+/// Where an image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageSource {
+    /// In a file, or in files that are found from there.
+    File(PathBuf),
+    /// With an NBD server, which has the disk as it is: [`ImageFormat::Raw`].
+    Server(NbdServer),
+}
+
+impl fmt::Display for ImageSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ImageSource::File(path) => path.display().fmt(f),
+            ImageSource::Server(server) => server.fmt(f),
+        }
+    }
+}
+
 /// How to open an image.
 #[derive(Clone)]
 pub struct ImageOptions {
-    /// The image's file.
-    pub path: PathBuf,
-    /// Its format; not [`ImageFormat::Raw`], which is [`RawStore`](crate::RawStore)'s.
+    /// The image's file, or who has it.
+    pub source: ImageSource,
+    /// The format; of a file not [`ImageFormat::Raw`], which is
+    /// [`RawStore`](crate::RawStore)'s.
     pub format: ImageFormat,
     /// Never write to it.
     pub read_only: bool,
@@ -88,13 +109,25 @@ pub struct ImageOptions {
     pub on_restart: Option<OnFailure>,
     /// Told when the store fails for good.
     pub on_failure: Option<OnFailure>,
+    /// It has failed for good already, as somebody knows who opened it before: what was said
+    /// then. Nobody is told again.
+    pub failed: Option<String>,
 }
 
 impl ImageOptions {
     /// For writing, direct, alone.
     pub fn new(format: ImageFormat, path: impl Into<PathBuf>) -> ImageOptions {
+        ImageOptions::of(ImageSource::File(path.into()), format)
+    }
+
+    /// A disk of an NBD server, for writing.
+    pub fn of_server(server: NbdServer) -> ImageOptions {
+        ImageOptions::of(ImageSource::Server(server), ImageFormat::Raw)
+    }
+
+    fn of(source: ImageSource, format: ImageFormat) -> ImageOptions {
         ImageOptions {
-            path: path.into(),
+            source,
             format,
             read_only: false,
             direct: true,
@@ -106,11 +139,20 @@ impl ImageOptions {
             patience: Duration::from_secs(30),
             on_restart: None,
             on_failure: None,
+            failed: None,
+        }
+    }
+
+    /// The image's file, if it is one.
+    pub fn file(&self) -> Option<&Path> {
+        match &self.source {
+            ImageSource::File(path) => Some(path),
+            ImageSource::Server(_) => None,
         }
     }
 
     fn name(&self) -> String {
-        self.path.display().to_string()
+        self.source.to_string()
     }
 
     /// What options contradict each other.
@@ -129,17 +171,20 @@ impl ImageOptions {
         {
             return refused("a data file and a secret are for qcow2 images");
         }
-        if self.format == ImageFormat::Raw {
-            return refused("a raw image is served without qemu-storage-daemon");
+        match (&self.source, self.format) {
+            (ImageSource::File(_), ImageFormat::Raw) => {
+                refused("a raw image is served without qemu-storage-daemon")
+            }
+            (ImageSource::File(_), _) | (ImageSource::Server(_), ImageFormat::Raw) => Ok(()),
+            (ImageSource::Server(_), _) => refused("what an NBD server has is served as it is"),
         }
-        Ok(())
     }
 }
 
 impl fmt::Debug for ImageOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ImageOptions")
-            .field("path", &self.path)
+            .field("source", &self.source)
             .field("format", &self.format)
             .field("read_only", &self.read_only)
             .field("direct", &self.direct)
@@ -244,7 +289,7 @@ impl ImageStore {
             discard_granularity: 64 << 10,
         };
         let shared = Arc::new(Shared {
-            failure: OnceLock::new(),
+            failure: options.failed.clone().map_or_else(OnceLock::new, OnceLock::from),
             on_restart: options.on_restart.clone(),
             on_failure: options.on_failure.clone(),
             name: name.clone(),

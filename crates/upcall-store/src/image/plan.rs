@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 
 use crate::OpenError;
 use crate::image::format::ImageFormat;
+use crate::image::remote::NbdServer;
 use crate::image::vmdk::{self, Descriptor};
-use crate::image::{ImageOptions, Layer};
+use crate::image::{ImageOptions, ImageSource, Layer};
 use crate::raw::{self, lock};
 
 /// A file that the daemon may open.
@@ -43,7 +44,26 @@ pub(crate) struct Plan {
     secret: Option<OwnedFd>,
     /// In the order in which they refer to each other.
     nodes: Vec<Value>,
+    /// Who has the disk, if it is in no file.
+    server: Option<NbdServer>,
     read_only: bool,
+}
+
+/// Sockets that a daemon inherits, each its own.
+pub(crate) struct Sockets {
+    /// Where it listens, as a vhost-user device.
+    pub requests: OwnedFd,
+    /// Where it listens, as an NBD server that only reads.
+    pub questions: OwnedFd,
+    /// A connection to who has the disk.
+    pub server: Option<OwnedFd>,
+}
+
+impl Sockets {
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.requests, &self.questions].into_iter().chain(&self.server).map(|fd| fd.as_fd())
+    }
 }
 
 /// More than any passphrase has.
@@ -59,7 +79,15 @@ impl Plan {
             texts: vec![],
             secret: None,
             nodes: vec![],
+            server: None,
             read_only: options.read_only,
+        };
+        let path = match &options.source {
+            ImageSource::File(path) => path,
+            ImageSource::Server(server) => {
+                plan.server = Some(server.clone());
+                return Ok(plan);
+            }
         };
         let mut below = Value::Null;
         for (index, layer) in options.backing.iter().enumerate().rev() {
@@ -68,16 +96,16 @@ impl Plan {
             plan.nodes.push(node);
             below = Value::String(name);
         }
-        let top = Layer { format: options.format, path: options.path.clone() };
+        let top = Layer { format: options.format, path: path.clone() };
         let mut node = plan.image(options, &top, TOP, options.read_only, &below)?;
         if let Some(path) = &options.data_file {
             node["data-file"] = plan.file(path, "data", options.read_only, options.direct)?.into();
         }
         if let Some(secret) = &options.secret {
-            plan.secret =
-                Some(keep_secret(secret).map_err(|source| {
-                    system(&options.path, "keep its secret in memory", source)
-                })?);
+            plan.secret = Some(
+                keep_secret(secret)
+                    .map_err(|source| system(path, "keep its secret in memory", source))?,
+            );
             node["encrypt"] = json!({ "format": "luks", "key-secret": "secret" });
         }
         plan.nodes.push(node);
@@ -186,15 +214,22 @@ impl Plan {
         self.files.iter().map(|allowed| allowed.file.as_fd()).chain(texts).chain(secret)
     }
 
-    /// The daemon's arguments. Where it is to listen: `requests`, as a vhost-user device;
-    /// `questions`, as an NBD server that only reads.
-    pub fn arguments(&self, requests: RawFd, questions: RawFd) -> Vec<String> {
+    /// A connection to who has the disk, for one daemon; none if it is in files.
+    pub fn connect(&self) -> io::Result<Option<OwnedFd>> {
+        self.server.as_ref().map(NbdServer::connect).transpose()
+    }
+
+    /// The daemon's arguments.
+    pub fn arguments(&self, sockets: &Sockets) -> Vec<String> {
+        let (requests, questions) = (sockets.requests.as_raw_fd(), sockets.questions.as_raw_fd());
         let mut args = Vec::new();
         if let Some(secret) = &self.secret {
             let file = by_descriptor(secret.as_raw_fd());
             args.extend(["--object".to_owned(), format!("secret,id=secret,file={file}")]);
         }
-        for node in &self.nodes {
+        let remote = self.server.as_ref().zip(sockets.server.as_ref());
+        let remote = remote.map(|(server, fd)| nodes_of_server(server, fd, self.read_only));
+        for node in self.nodes.iter().chain(remote.iter().flatten()) {
             args.extend(["--blockdev".to_owned(), node.to_string()]);
         }
         let writable = if self.read_only { "off" } else { "on" };
@@ -303,6 +338,25 @@ fn node_of_file(driver: &str, name: &str, fd: RawFd, read_only: bool, direct: bo
         "discard": "unmap",
         "cache": { "direct": direct, "no-flush": false },
     })
+}
+
+fn nodes_of_server(server: &NbdServer, socket: &OwnedFd, read_only: bool) -> [Value; 2] {
+    let client = json!({
+        "driver": "nbd",
+        "node-name": "server",
+        "server": { "type": "fd", "str": socket.as_raw_fd().to_string() },
+        "export": server.export,
+        "read-only": read_only,
+        "discard": "unmap",
+    });
+    let disk = json!({
+        "driver": "raw",
+        "node-name": TOP,
+        "file": "server",
+        "read-only": read_only,
+        "discard": "unmap",
+    });
+    [client, disk]
 }
 
 fn by_descriptor(fd: RawFd) -> String {

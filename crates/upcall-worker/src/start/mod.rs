@@ -231,39 +231,50 @@ fn open_store(
     let failed = |source| StartError::Store { disk: disk.name.clone(), source };
     Ok(match &disk.store {
         StoreConfig::Raw { path, direct, engine } => {
-            let (log, name) = (log.clone(), disk.name.clone());
             let mut options = RawOptions::new(path);
             options.read_only = disk.read_only;
             options.direct = *direct;
             options.engine = *engine;
-            options.failed = failures.known.get(&name).cloned();
-            if let Some(text) = &options.failed {
-                log(LogLevel::Error, &format!("disk {name}: still refuses writes: {text}"));
-            }
-            let report = failures.report.clone();
-            options.on_failure = Some(Arc::new(move |text: &str| {
-                if let Some(report) = &report {
-                    report(&name, text);
-                }
-                log(LogLevel::Error, &format!("disk {name}: {text}"));
-            }));
+            options.failed = known_failure(disk, log, failures);
+            options.on_failure = Some(on_failure(disk, log, failures));
             Arc::new(RawStore::open(options).map_err(failed)?)
         }
         StoreConfig::Image(options) => {
             let mut options = (**options).clone();
             options.read_only = disk.read_only;
-            let tell = |level| {
-                let (log, name) = (log.clone(), disk.name.clone());
-                let told = move |text: &str| log(level, &format!("disk {name}: {text}"));
-                Some(Arc::new(told) as upcall_store::OnFailure)
-            };
-            options.on_restart = tell(LogLevel::Warn);
-            options.on_failure = tell(LogLevel::Error);
+            let (its_log, name) = (log.clone(), disk.name.clone());
+            options.on_restart = Some(Arc::new(move |text: &str| {
+                its_log(LogLevel::Warn, &format!("disk {name}: {text}"));
+            }));
+            options.failed = known_failure(disk, log, failures);
+            options.on_failure = Some(on_failure(disk, log, failures));
             Arc::new(ImageStore::open(options).map_err(failed)?)
         }
         StoreConfig::Custom(store) => store.clone(),
         StoreConfig::Memory { bytes } => Arc::new(MemoryStore::new(*bytes).map_err(failed)?),
         StoreConfig::Null { bytes } => Arc::new(NullStore::new(*bytes).map_err(failed)?),
+    })
+}
+
+/// What is known of a store that failed for good under an earlier worker; it is said again.
+fn known_failure(disk: &DiskConfig, log: &LogSink, failures: &StoreFailures) -> Option<String> {
+    let text = failures.known.get(&disk.name)?;
+    log(LogLevel::Error, &format!("disk {}: still refuses writes: {text}", disk.name));
+    Some(text.clone())
+}
+
+/// Who is told when a store fails for good.
+fn on_failure(
+    disk: &DiskConfig,
+    log: &LogSink,
+    failures: &StoreFailures,
+) -> upcall_store::OnFailure {
+    let (log, name, report) = (log.clone(), disk.name.clone(), failures.report.clone());
+    Arc::new(move |text: &str| {
+        if let Some(report) = &report {
+            report(&name, text);
+        }
+        log(LogLevel::Error, &format!("disk {name}: {text}"));
     })
 }
 

@@ -83,7 +83,7 @@ impl StateFolder {
         let path = match kept(disk).map_err(|error| error.to_string())? {
             Kept::At(path) => path,
             Kept::InMemory => return Ok(None),
-            Kept::Nowhere => return Err("it is a device; say with state=DIR where".into()),
+            Kept::Nowhere => return Err("it is in no file; say with state=DIR where".into()),
         };
         let file = format!("{name}.gaps");
         made.note(&path);
@@ -108,7 +108,7 @@ impl StateFolder {
 fn image_of(disk: &DiskConfig) -> Option<&Path> {
     match &disk.store {
         StoreConfig::Raw { path, .. } => Some(path),
-        StoreConfig::Image(options) => Some(&options.path),
+        StoreConfig::Image(options) => options.file(),
         StoreConfig::Memory { .. } | StoreConfig::Null { .. } | StoreConfig::Custom(_) => None,
     }
 }
@@ -124,6 +124,8 @@ fn kept(disk: &DiskConfig) -> Result<Kept, StartError> {
                 Kept::At(folder_of(path).map_err(failed)?)
             }
         }
+        // It outlives us.
+        (None, None) if matches!(disk.store, StoreConfig::Image(_)) => Kept::Nowhere,
         (None, None) => Kept::InMemory,
     })
 }

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use upcall_worker::{
-    DiskConfig, Engine, FrontendConfig, ImageOptions, NbdAddress, NbdConfig, NbdTls, Placement,
-    SlotConfig, SocketSource, StoreConfig, TlsFiles,
+    DiskConfig, Engine, FrontendConfig, ImageOptions, NbdAddress, NbdConfig, NbdServer, NbdTls,
+    Placement, SlotConfig, SocketSource, StoreConfig, TlsFiles,
 };
 
 use super::sockets::{self, HandedOver};
@@ -150,6 +150,11 @@ fn store_of(spec: &DiskSpec) -> StoreConfig {
         options.extents = spec.extents.clone();
         options.secret = spec.secret.clone();
         return StoreConfig::Image(Box::new(options));
+    }
+    if let Some(place) = &spec.remote {
+        let export = spec.remote_export.clone().unwrap_or_default();
+        let server = NbdServer { place: place.0.clone(), export };
+        return StoreConfig::Image(Box::new(ImageOptions::of_server(server)));
     }
     match (&spec.file, spec.memory, spec.null) {
         (Some(path), ..) => StoreConfig::Raw {

@@ -22,6 +22,9 @@ pub struct DiskSpec {
     pub file: Option<PathBuf>,
     pub memory: Option<Given<Size>>,
     pub null: Option<Given<Size>>,
+    /// An NBD server that has the disk.
+    pub remote: Option<Given<upcall_worker::NbdPlace>>,
+    pub remote_export: Option<String>,
     pub format: Option<Given<ImageFormat>>,
     /// The images below, nearest first.
     #[serde(default, deserialize_with = "one_or_several")]
@@ -70,22 +73,32 @@ impl DiskSpec {
     /// What no single word can tell.
     pub fn check(&self) -> Result<(), String> {
         let name = &self.name;
-        let stores =
-            [self.file.is_some(), self.memory.is_some(), self.null.is_some()].map(usize::from);
-        match stores.iter().sum::<usize>() {
+        let stores = [
+            self.file.is_some(),
+            self.memory.is_some(),
+            self.null.is_some(),
+            self.remote.is_some(),
+        ];
+        match stores.into_iter().filter(|is_some| *is_some).count() {
             1 => {}
             0 => {
                 return Err(format!(
-                    "disk {name} has no data: give it file=PATH, memory=SIZE or null=SIZE"
+                    "disk {name} has no data: give it file=PATH, memory=SIZE, null=SIZE or \
+                     remote=ADDRESS"
                 ));
             }
-            _ => return Err(format!("disk {name}: give only one of file, memory and null")),
+            _ => {
+                return Err(format!("disk {name}: give only one of file, memory, null and remote"));
+            }
         }
         if self.socket.is_some() && self.fd.is_some() {
             return Err(format!("disk {name}: give only one of socket and fd"));
         }
         if self.fd.is_some() && self.mode.is_some() {
             return Err(format!("disk {name}: the mode of an inherited socket is its maker's"));
+        }
+        if self.remote_export.is_some() && self.remote.is_none() {
+            return Err(format!("disk {name}: remote-export is for disks with remote=ADDRESS"));
         }
         self.filter.iter().try_for_each(FilterSpec::check)?;
         self.check_nbd()?;
@@ -342,6 +355,9 @@ mod tests {
         assert_eq!(disk.nbd, Some(Given(NbdPlace::Tcp("[::1]:10809".into()))));
         assert_eq!(disk.nbd_tls, Some(Given(NbdTlsUse::Optional)));
         assert!(disk.is_only_nbd());
+        let disk = DiskSpec::from_words("name=f,remote=[::1]:10809,remote-export=x").unwrap();
+        assert_eq!(disk.remote, Some(Given(upcall_worker::NbdPlace::Tcp("[::1]:10809".into()))));
+        assert_eq!(disk.remote_export.as_deref(), Some("x"));
         let disk = DiskSpec::from_words("name=m,memory=1G,fd=3").unwrap();
         assert_eq!((disk.memory, disk.fd), (Some(Given(Size(1 << 30))), Some(Given(3))));
     }
@@ -365,7 +381,7 @@ mod tests {
         for (words, says) in [
             ("file=a", "name"),
             ("name=r", "disk r has no data"),
-            ("name=r,file=a,memory=1G", "only one of file, memory and null"),
+            ("name=r,file=a,memory=1G", "only one of file, memory, null and remote"),
             ("name=r,file=a,colour=blue", "colour"),
             ("name=r,file=a,queues=many", "queues: \"many\""),
             ("name=r,file=a,queues=1,queues=2", "duplicate field `queues`"),
@@ -385,6 +401,10 @@ mod tests {
             ("name=r,file=a,fd=3,mode=0600", "mode of an inherited socket"),
             ("name=r,file=a,filter=x", "filter"),
             ("name=r,,file=a", "has no data"),
+            ("name=r,remote=fd:3", "remote: \"fd:3\""),
+            ("name=r,remote=unix:s,format=qcow2", "for a disk with file"),
+            ("name=r,file=a,remote=unix:s", "only one of"),
+            ("name=r,file=a,remote-export=x", "for disks with remote=ADDRESS"),
             ("name=r,file=a,nbd=nowhere", "nbd: \"nowhere\""),
             ("name=r,file=a,nbd=host:port", "nbd: \"host:port\""),
             ("name=r,file=a,nbd=fd:x", "nbd: \"fd:x\""),

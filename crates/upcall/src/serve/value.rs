@@ -193,6 +193,19 @@ impl Value for NbdPlace {
     }
 }
 
+/// Where an NBD server listens that has a disk.
+impl Value for upcall_worker::NbdPlace {
+    fn from_text(text: &str) -> Result<upcall_worker::NbdPlace, String> {
+        match NbdPlace::from_text(text) {
+            Ok(NbdPlace::Unix(path)) => Ok(upcall_worker::NbdPlace::Unix(path)),
+            Ok(NbdPlace::Tcp(address)) => Ok(upcall_worker::NbdPlace::Tcp(address)),
+            Ok(NbdPlace::Fd(_)) | Err(_) => Err(format!(
+                "{text:?} is no address of an NBD server: write unix:PATH or HOST:PORT"
+            )),
+        }
+    }
+}
+
 /// Whether NBD clients must use TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NbdTlsUse {
