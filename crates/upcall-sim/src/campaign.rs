@@ -228,7 +228,7 @@ impl Report {
 }
 
 /// What must happen at least so often in 1,000 worlds.
-const LEAST: [(&str, u64); 32] = [
+const LEAST: [(&str, u64); 35] = [
     ("fault: filter death", 500),
     ("filter death: ", 300),
     ("filter death: changer HalfChanged", 10),
@@ -261,4 +261,7 @@ const LEAST: [(&str, u64); 32] = [
     ("request: write-zeroes", 1000),
     ("seen: read answered by a filter", 200),
     ("seen: cancel of a held request", 50),
+    ("seen: gap marked", 300),
+    ("fault: gap not marked", 5),
+    ("checked: sectors missed and recorded", 300),
 ];

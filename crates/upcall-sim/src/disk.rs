@@ -13,6 +13,7 @@ use upcall_vhost::mock::{Device, Memory};
 use upcall_vhost::{BlkConfig, BlkOptions};
 
 use crate::filters::{OWN_SECTORS, Role};
+use crate::gaps::{Change, Gaps, Seen};
 use crate::guest::{Ended, Kind, Outcome, Request, Ring, Shape};
 use crate::history::History;
 use crate::medium::{Failed, Medium, sectors};
@@ -34,6 +35,8 @@ pub enum Excuse {
     },
     /// A filter was gone whose policy lets requests fail.
     Filter,
+    /// What a bypassed filter misses could not be recorded.
+    Mark,
 }
 
 /// See the module.
@@ -62,6 +65,16 @@ pub struct Disk {
     copy_unsure: Vec<bool>,
     /// Requests that filters of a dead worker have seen.
     pub seen_before: BTreeSet<u64>,
+    /// By slot: the record of what it misses, where there is one.
+    pub gaps: Vec<Option<Gaps>>,
+    /// By slot: which changes its filters saw.
+    seen: Vec<Seen>,
+    /// Counts what happens, for what was before what.
+    moment: u64,
+    /// By request: when it began.
+    begun: BTreeMap<u64, u64>,
+    /// Sectors of completed changes that a bypassed filter missed, and that were recorded.
+    pub missed: u64,
 }
 
 fn info(sectors: usize) -> DiskInfo {
@@ -115,6 +128,10 @@ impl Disk {
             };
             Ring::new(memory, shape, number, guests)
         };
+        let gaps = |(role, policy): &(Role, OnFailure)| {
+            policy.records_gaps(&role.spec()).then(Gaps::default)
+        };
+        let gaps = plan.roles.iter().map(gaps).collect();
         Disk {
             number,
             roles: plan.roles.iter().map(|(role, _)| *role).collect(),
@@ -132,6 +149,11 @@ impl Disk {
             failing_filters: 0,
             copy_unsure: vec![false; guests],
             seen_before: BTreeSet::new(),
+            gaps,
+            seen: plan.roles.iter().map(|_| Seen::new(guests)).collect(),
+            moment: 0,
+            begun: BTreeMap::new(),
+            missed: 0,
         }
     }
 
@@ -154,8 +176,74 @@ impl Disk {
         !self.open.values().any(|open| overlaps(&open.sectors))
     }
 
+    /// A filter has got a change, or has let go of it.
+    pub fn note_change(&mut self, change: &Change) {
+        self.moment += 1;
+        self.seen[change.slot].note(change, self.moment);
+    }
+
+    /// Slots whose filters are to be told, one day, what they missed of such changes.
+    fn recorded(&self, op: Op) -> impl Iterator<Item = (usize, &Gaps)> {
+        let slots = self.roles.iter().zip(&self.gaps).enumerate();
+        slots.filter_map(move |(slot, (role, gaps))| {
+            gaps.as_ref().filter(|_| role.spec().ops.contains(op)).map(|gaps| (slot, gaps))
+        })
+    }
+
+    /// The guest hears that its change is made: each filter that may be bypassed has had it to
+    /// its end, or it is marked as missed.
+    fn check_missed(&mut self, request: &Request) -> Result<(), String> {
+        let op = request.kind.op().expect("a change");
+        let begun = self.begun[&request.id];
+        let mut missed = 0;
+        for (slot, gaps) in self.recorded(op) {
+            for sector in request.sectors.clone() {
+                let had = self.seen[slot].ended_since(sector, begun);
+                if !had && !gaps.has(sector) {
+                    return Err(format!(
+                        "the {} has missed sector {sector} of {request:?}, which is complete, and \
+                         it is not recorded",
+                        self.roles[slot].name()
+                    ));
+                }
+                missed += u64::from(!had);
+            }
+        }
+        self.missed += missed;
+        Ok(())
+    }
+
+    /// At the end: no filter that may be bypassed has not even met what is on the disk, unless
+    /// that is recorded; also where the guest was never told.
+    pub fn check_unmet(&self) -> Result<(), String> {
+        for sector in 0..self.guests {
+            let Content::Stamp { request, .. } = self.content(sector) else { continue };
+            let Some(begun) = self.begun.get(&request) else { continue };
+            for (slot, gaps) in self.recorded(Op::Write) {
+                if !self.seen[slot].met_since(sector, *begun) && !gaps.has(sector) {
+                    return Err(format!(
+                        "disk {}: the {} has never met request {request}, which is what sector \
+                         {sector} holds, and it is not recorded",
+                        self.number,
+                        self.roles[slot].name()
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the guest would read of a sector.
+    fn content(&self, sector: usize) -> Content {
+        let mut bytes = self.medium.sector(sector);
+        real(&self.keys).iter().for_each(|key| change(&mut bytes, *key, sector as u32));
+        parse(&bytes)
+    }
+
     /// The guest asks for something.
     pub fn begin(&mut self, request: &Request) {
+        self.moment += 1;
+        self.begun.insert(request.id, self.moment);
         let (id, range) = (request.id, request.sectors.clone());
         let disk = self.number;
         if request.kind.is_modification() {
@@ -208,8 +296,9 @@ impl Disk {
             }
             _ => {
                 self.history.end_write(id, ok, self.write_through);
-                if !ok {
-                    self.doubt_copy(request);
+                match ok {
+                    true => self.check_missed(request)?,
+                    false => self.doubt_copy(request),
                 }
             }
         }
@@ -277,6 +366,7 @@ impl Disk {
             Excuse::Second(failed) => matches(request, failed, false),
             Excuse::Stop { ring } => *ring == request.ring,
             Excuse::Filter => true,
+            Excuse::Mark => request.kind.is_modification(),
         })
     }
 
@@ -296,12 +386,9 @@ impl Disk {
 
     /// Nothing is in flight: the disk holds what the guest was told.
     pub fn check_content(&self) -> Result<(), String> {
-        let keys = real(&self.keys);
         for sector in 0..self.guests {
-            let mut bytes = self.medium.sector(sector);
-            keys.iter().for_each(|key| change(&mut bytes, *key, sector as u32));
             self.history
-                .check(sector, parse(&bytes))
+                .check(sector, self.content(sector))
                 .map_err(|wrong| format!("disk {}: {wrong}", self.number))?;
         }
         Ok(())

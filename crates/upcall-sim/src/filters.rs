@@ -19,6 +19,7 @@ use upcall_chain::{Class, OnFailure, Recovery, RecoveryPolicy, SlotSpec};
 use upcall_worker::sim::World;
 
 use crate::coverage::Coverage;
+use crate::gaps::Change;
 use crate::guest::{Kind, Request, SECTORS_MAX};
 use crate::random::Random;
 use crate::stamp::{Bytes, Content, SECTOR, change, parse};
@@ -268,6 +269,8 @@ pub struct Process {
     pub hung: bool,
     /// Where it will die.
     pub doom: Option<Step>,
+    /// What it saw of changes since somebody asked.
+    pub changes: Vec<Change>,
     desks: Vec<Desk>,
     cache: BTreeMap<(u32, u64), Cached>,
     /// By place and request: epochs of a read's sectors when it came.
@@ -306,6 +309,7 @@ impl Process {
             up: true,
             hung: false,
             doom: None,
+            changes: Vec::new(),
             desks: Vec::new(),
             cache: BTreeMap::new(),
             reads: BTreeMap::new(),
@@ -585,7 +589,18 @@ impl Turn<'_, '_> {
 
     // ----------------------------------------------------------------- answers
 
+    /// It has got or let go of a request that changes the disk.
+    fn note_change(&mut self, entry: &Submission, ended: bool) {
+        if op_of(entry).is_modification() {
+            let (slot, sectors) = (self.slot(), sectors_of(entry));
+            self.process.changes.push(Change { slot, sectors, ended });
+        }
+    }
+
     fn answer(&mut self, to: &Submission, code: u8, status: i32, cookie: u64) {
+        if to.kind == submission_kind::DONE || code == verdict::PASS {
+            self.note_change(to, true);
+        }
         self.desk().open.remove(&number(to));
         if let Some(write) = self.desk().writes.remove(&number(to)) {
             self.desk().answered.insert(write);
@@ -614,6 +629,7 @@ impl Turn<'_, '_> {
         self.note(format_args!("takes {entry:?}"));
         self.check(entry);
         self.check_write(entry);
+        self.note_change(entry, false);
         if self.reaches(Step::Taken) {
             return;
         }

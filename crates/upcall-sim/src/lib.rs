@@ -8,6 +8,7 @@
 //! | `guest` | drivers that fill rings, and look at what comes back |
 //! | `spy` | what a ring hands out, noted |
 //! | `filters` | filter hosts, played, with the points at which they die |
+//! | `gaps` | what bypassed filters miss: the record, and the truth that it is held against |
 //! | `medium` | where data ends up, with its fault model |
 //! | `stamp` | sectors that say whose they are |
 //! | `history` | what a disk may hold, judged from what its guest saw |
@@ -25,6 +26,7 @@ mod campaign;
 mod coverage;
 mod disk;
 mod filters;
+mod gaps;
 mod guest;
 mod history;
 mod medium;

@@ -142,6 +142,9 @@ impl Simulation {
     fn set_up(&mut self) {
         self.processes = Vec::new();
         self.seats = Vec::new();
+        for gaps in self.disks.iter_mut().flat_map(|disk| &mut disk.gaps).flatten() {
+            gaps.lose_worker(&mut self.random);
+        }
         for at in 0..self.disks.len() {
             let hosts = self.hosts_of(at);
             for ring in 0..self.disks[at].rings.len() {
@@ -180,8 +183,8 @@ impl Simulation {
         hosts
     }
 
-    fn engine(&self, at: usize) -> World {
-        let disk = &self.disks[at];
+    fn engine(&mut self, at: usize) -> World {
+        let disk = &mut self.disks[at];
         let mut lanes = Vec::new();
         for medium in [Some(&disk.medium), disk.second.as_ref()].into_iter().flatten() {
             let (queue, _) = medium.open_queue();
@@ -190,6 +193,11 @@ impl Simulation {
         let (mut making, _) = Making::new(disk.roles.iter().map(|role| role.spec()).collect());
         making.issues = disk.roles.iter().map(|role| role.issues()).collect();
         making.on_failure.clone_from(&disk.policies);
+        for (slot, gaps) in disk.gaps.iter_mut().enumerate() {
+            if let Some(gaps) = gaps {
+                making.record_gaps(slot, &gaps.way());
+            }
+        }
         making.deadline_ms = self.plan.deadline_ms;
         making.lanes = lanes;
         making.entries = self.plan.entries;
@@ -411,7 +419,12 @@ impl Simulation {
             trace: &mut self.trace,
             hurries: self.calm,
         };
-        match self.processes[process].act(place, &mut seat.world, &view, &mut tools) {
+        let acted = self.processes[process].act(place, &mut seat.world, &view, &mut tools);
+        let at = seat.disk;
+        for change in std::mem::take(&mut self.processes[process].changes) {
+            self.disks[at].note_change(&change);
+        }
+        match acted {
             Acted::Idle => false,
             Acted::Busy => true,
             Acted::Died => {
@@ -433,7 +446,28 @@ impl Simulation {
             self.coverage.count(&format!("store error: {}", failed.op));
             self.trace.add(self.now_ns, format_args!("disk {at}: the medium fails {failed:?}"));
         }
-        first || second
+        self.serve_gaps(at) || first || second
+    }
+
+    /// One of the marks that were asked for is made, or fails.
+    fn serve_gaps(&mut self, at: usize) -> bool {
+        // It is slower than a medium: what comes too early is to show.
+        if !self.calm && !self.random.one_in(4) {
+            return false;
+        }
+        let may_fail = !self.calm && self.plan.faults.failing_store > 0;
+        let fails = may_fail && self.random.one_in(20);
+        let disk = &mut self.disks[at];
+        let mut gaps = disk.gaps.iter_mut().flatten();
+        match gaps.find_map(|gaps| gaps.act(&mut self.random, fails)) {
+            None => return false,
+            Some(true) => self.coverage.count("seen: gap marked"),
+            Some(false) => {
+                disk.excuse(self.now_ns, Excuse::Mark);
+                self.coverage.count("fault: gap not marked");
+            }
+        }
+        true
     }
 
     // ------------------------------------------------------------------- faults
@@ -761,6 +795,8 @@ impl Simulation {
             assert!(left.is_empty(), "disk {}: requests never end: {left:?}", disk.number);
             disk.rings.iter().for_each(|ring| ring.check_memory());
             disk.check_content().unwrap_or_else(|wrong| panic!("{wrong}"));
+            disk.check_unmet().unwrap_or_else(|wrong| panic!("{wrong}"));
+            self.coverage.add("checked: sectors missed and recorded", disk.missed);
         }
         for seat in 0..self.seats.len() {
             assert_eq!(self.seats[seat].world.in_flight(), 0, "engine {seat} has requests");

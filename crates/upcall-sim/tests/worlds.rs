@@ -46,11 +46,12 @@ fn the_bugs_of_others_planted_again_are_seen() {
 }
 
 /// These are planted by the environment, so each has a process of its own. Not here:
-/// "bypass-without-mark" (no gap file is in these worlds) and "verdict-of-the-dead" (the dead
-/// do not talk here); the worker's own tests see both.
+/// "verdict-of-the-dead" (the dead do not talk here); the worker's own tests see it.
 #[test]
 fn bugs_planted_in_the_worker_are_seen() {
     let names = [
+        "bypass-before-mark",
+        "bypass-without-mark",
         "error-into-success",
         "report-to-the-next",
         "retry-out-of-order",

@@ -16,6 +16,7 @@
 mod error;
 mod image;
 mod memory;
+mod plant;
 mod raw;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use upcall_block::{Errno, Op, Range, Status};
 
+use crate::plant::is_planted;
+
 /// The largest clusters that qcow2 has.
 const CLUSTER_BYTES_MAX: u64 = 2 << 20;
 
@@ -362,6 +364,9 @@ const OWN_FLUSH: Next =
 /// has zeroed what was left in it, also while another still writes to other bytes of it.
 fn conflicts(other: &Ask, ask: &Ask) -> bool {
     if !other.op.is_modification() || !ask.op.is_modification() {
+        return false;
+    }
+    if other.op == Op::Discard && is_planted("write-against-discard") {
         return false;
     }
     let is_write = |ask: &Ask| ask.op == Op::Write;

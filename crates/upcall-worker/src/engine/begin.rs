@@ -9,6 +9,7 @@ use upcall_ring::Buffers;
 use super::Engine;
 use super::images::Image;
 use super::inflight::{InFlight, Origin};
+use crate::plant::is_planted;
 
 /// What a request is, when it begins.
 pub(super) struct Begin {
@@ -126,6 +127,7 @@ impl Engine {
         let copy = arena.buffers(&slice, flight.range.length());
         match flight.op {
             Op::Write if !matches!(flight.origin, Origin::Part(_)) => flight.data.copy_to(&copy),
+            _ if is_planted("uninitialised-page") => {}
             // Zeroes to write; or, for a read, nothing of an earlier request for a filter
             // that answers without filling the page.
             _ => copy.zero(),

@@ -5,6 +5,7 @@
 //! thread; with a [played clock](Making::plays_clock) what happens depends on nothing but
 //! what was called, so that a world from a seed can be played again exactly.
 
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -97,7 +98,30 @@ impl Keeper {
     }
 }
 
-/// Records gaps when the test says so.
+/// Which sectors are marked, durably: it outlives the worker, and all queues share it.
+#[derive(Clone, Default)]
+pub struct Record(Arc<Mutex<BTreeSet<u64>>>);
+
+impl Record {
+    /// Whether this sector (of 512 bytes) is marked.
+    pub fn has(&self, sector: u64) -> bool {
+        self.0.lock().unwrap().contains(&sector)
+    }
+
+    fn covers(&self, range: Range) -> bool {
+        sectors_of(range).all(|sector| self.has(sector))
+    }
+
+    fn add(&self, range: Range) {
+        self.0.lock().unwrap().extend(sectors_of(range));
+    }
+}
+
+fn sectors_of(range: Range) -> std::ops::Range<u64> {
+    range.offset() / 512..(range.offset() + u64::from(range.length())).div_ceil(512)
+}
+
+/// Records gaps for one queue, when the test says so.
 #[derive(Clone, Default)]
 pub struct GapKeeper(pub Arc<Mutex<KeptGaps>>);
 
@@ -108,19 +132,39 @@ pub struct KeptGaps {
     pub asked: Vec<(MarkToken, Range)>,
     /// Reported at the next look.
     pub done: Vec<MarkDone>,
-    /// Offsets of ranges that are marked.
+    /// Offsets of ranges that were marked, in that order.
     pub made: Vec<u64>,
+    /// All that is marked.
+    pub record: Record,
 }
 
 impl GapKeeper {
+    /// For a queue whose marks go to this record.
+    pub fn of(record: &Record) -> GapKeeper {
+        let kept = KeptGaps { record: record.clone(), ..KeptGaps::default() };
+        GapKeeper(Arc::new(Mutex::new(kept)))
+    }
+
+    /// How many marks were asked for and are not made.
+    pub fn asked(&self) -> usize {
+        self.0.lock().unwrap().asked.len()
+    }
+
+    /// Makes one of them, or fails to.
+    pub fn make_one(&self, index: usize, status: Status) {
+        let mut kept = self.0.lock().unwrap();
+        let (token, range) = kept.asked.remove(index);
+        if status.is_ok() {
+            kept.made.push(range.offset());
+            kept.record.add(range);
+        }
+        kept.done.push(MarkDone { token, status });
+    }
+
     /// Makes all marks that were asked for, or fails to.
     pub fn make(&self, status: Status) {
-        let mut kept = self.0.lock().unwrap();
-        for (token, range) in std::mem::take(&mut kept.asked) {
-            if status.is_ok() {
-                kept.made.push(range.offset());
-            }
-            kept.done.push(MarkDone { token, status });
+        while self.asked() > 0 {
+            self.make_one(0, status);
         }
     }
 }
@@ -128,7 +172,7 @@ impl GapKeeper {
 impl MarkGaps for GapKeeper {
     fn mark(&mut self, token: MarkToken, range: Range) -> Mark {
         let mut kept = self.0.lock().unwrap();
-        if kept.made.contains(&range.offset()) {
+        if kept.record.covers(range) {
             return Mark::Already;
         }
         kept.asked.push((token, range));

@@ -141,6 +141,17 @@ fn what_zeroes_never_flies_beside_a_write_to_the_same_cluster() {
 }
 
 #[test]
+fn a_write_waits_for_a_discard_below_it() {
+    let mut bench = Bench::new();
+    bench.push(ask(1, Op::Discard, 0, 8));
+    bench.push(ask(2, Op::Write, 4, 1));
+    let discard = bench.launch().unwrap();
+    assert_eq!(bench.launch(), None, "the discard may still come, and would take it away");
+    bench.complete(discard, Ok(()));
+    assert_eq!(bench.launch().unwrap().id, Some(2));
+}
+
+#[test]
 fn a_new_daemon_gets_what_was_kept_then_a_flush_then_what_flew_in_order() {
     let mut bench = Bench::new();
     for (id, block) in [(1, 0), (2, 0), (3, 5)] {

@@ -3,6 +3,7 @@
 use upcall_abi::filter::verdict;
 use upcall_abi::ring::{NO_DATA, submission_kind};
 use upcall_block::*;
+use upcall_chain::SlotSpec;
 use upcall_ring::Buffers;
 
 use super::{PAGE, SlotSpecs};
@@ -154,6 +155,30 @@ fn requests_that_wait_for_room_go_on_in_the_order_of_their_arrival() {
     assert_eq!(lengths, [3, 2, 1, 1]);
     world.settle();
     assert_eq!(world.ended(), [Ok(()); 4]);
+    world.assert_empty();
+}
+
+#[test]
+fn a_read_that_a_filter_answers_without_filling_it_shows_nothing_of_earlier_requests() {
+    let answers = SlotSpec { answers: OpSet::NONE.with(Op::Read), ..observer() };
+    let (mut making, keeper) = Making::new(vec![answers]);
+    making.pages = 1;
+    let mut world = World::new(making);
+    // Somebody else's secret goes through the same page.
+    world.guest.write(8192, &[7; PAGE as usize]).unwrap();
+    world.submit_at(Op::Write, 0, PAGE, 8192);
+    let secret = world.sent(0);
+    world.hosts[0].answer(&secret, verdict::PASS);
+    world.settle();
+    keeper.complete(Ok(()));
+    world.settle();
+    world.submit(Op::Read, 65536, PAGE);
+    let read = world.sent(0);
+    assert_eq!(read.data, secret.data, "the page is used again");
+    world.hosts[0].answer(&read, verdict::DONE);
+    world.settle();
+    assert_eq!(world.ended(), [Ok(()); 2]);
+    assert_eq!(world.guest.read_array(0), Some([0; PAGE as usize]));
     world.assert_empty();
 }
 
