@@ -10,6 +10,7 @@
  *   request.c   one delivery: callback, verdict, hold, answer()
  *   issue.c     requests of the filter's own;  buffers.c the memory for their data
  *   timers.c, blocking.c, log.c   services that stand alone
+ *   confine.c   what a process of its own gives up before it loads a filter
  *   points.c    points of its work at which tests let it die
  *   host.c      the whole: new, run, free, and the table of services
  *
@@ -422,6 +423,9 @@ void uh_point(uint32_t point, uint32_t kind, uint32_t op);
 #define uh_points_find(library) ((void)(library))
 #define uh_point(point, kind, op) ((void)0)
 #endif
+
+/* confine.c: for good; 0 or a negative errno */
+int uh_confine(void);
 
 /* log.c */
 void uh_log(struct upcall_instance *inst, uint32_t level, const char *text);

@@ -13,6 +13,7 @@
 #include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -40,6 +41,15 @@ int main(void) {
     }
     fcntl(WIRE_SOCKET_FD, F_SETFD, FD_CLOEXEC);
     fcntl(WIRE_FILTER_FD, F_SETFD, FD_CLOEXEC);
+
+#ifndef UPCALL_HOST_UNCONFINED /* sanitizers start processes */
+    int error = uh_confine();
+    if (error) {
+        fprintf(stderr, "upcall-filterhost: this kernel does not let it confine itself (%s); it "
+                "needs seccomp filters (CONFIG_SECCOMP_FILTER)\n", strerror(-error));
+        return 1;
+    }
+#endif
 
     struct upcall_host *host = upcall_host_new(WIRE_SOCKET_FD, WIRE_FILTER_FD, NULL, 0);
     if (!host)

@@ -254,6 +254,24 @@ impl HostProcess {
         bounded.map_err(|error| self.system("bound its filter host", error))
     }
 
+    /// The processor time that its threads have wanted so far: they ran, or were ready to.
+    /// None for one that is not a process of its own, or is gone.
+    pub fn wanted_ns(&mut self) -> Option<u64> {
+        match &mut self.engine {
+            Engine::Isolated(child) => child.wanted_ns().ok(),
+            Engine::Inline(_) => None,
+        }
+    }
+
+    /// Has it give way to everybody else who wants the processor, or no longer: the latter
+    /// needs a privilege (CAP_SYS_NICE), or that RLIMIT_NICE allows it.
+    pub fn give_way(&self, gives: bool) -> std::io::Result<()> {
+        match &self.engine {
+            Engine::Isolated(child) => child.set_niceness(if gives { 19 } else { 0 }),
+            Engine::Inline(_) => Ok(()),
+        }
+    }
+
     /// Gives the arena of disk `disk`: `size` bytes, mapped for writing only if `writable`.
     /// For a filter that may not write, give a descriptor that cannot be mapped for it.
     pub fn arena(

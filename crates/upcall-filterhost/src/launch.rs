@@ -44,6 +44,8 @@ fn program(width: Width) -> &'static [u8] {
 pub(crate) struct HostChild {
     child: Child,
     pidfd: OwnedFd,
+    /// At the last look: processor time that it had got, and had wanted.
+    looked_ns: (u64, u64),
 }
 
 impl HostChild {
@@ -69,7 +71,7 @@ impl HostChild {
             .ok_or(io::ErrorKind::InvalidInput.into())
             .and_then(|pid| Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?));
         match opened {
-            Ok(pidfd) => Ok(HostChild { child, pidfd }),
+            Ok(pidfd) => Ok(HostChild { child, pidfd, looked_ns: (0, 0) }),
             Err(error) => {
                 kill_and_reap(child);
                 Err(error)
@@ -86,6 +88,38 @@ impl HostChild {
         // Not yet waited for, so the id is still its own.
         let pid = Pid::from_raw(self.id() as i32).ok_or(io::ErrorKind::InvalidInput)?;
         bounds::impose(pid, bounds)
+    }
+
+    /// The processor time that its threads have wanted: they ran, or were ready to. What has
+    /// ended no longer counts. Cheap while it does nothing.
+    pub(crate) fn wanted_ns(&mut self) -> io::Result<u64> {
+        let used_ns = self.used_ns()?;
+        if used_ns != self.looked_ns.0 {
+            // Without CONFIG_SCHED_INFO, what it has got has to do.
+            let wanted_ns = wanted_ns(self.id()).unwrap_or(0).max(used_ns);
+            self.looked_ns = (used_ns, wanted_ns);
+        }
+        Ok(self.looked_ns.1)
+    }
+
+    fn used_ns(&self) -> io::Result<u64> {
+        let mut clock = 0;
+        // SAFETY: writes to `clock` only. The process is not yet waited for, so the id is its own.
+        let error = unsafe { libc::clock_getcpuclockid(self.id() as i32, &mut clock) };
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: writes to `time` only.
+        if unsafe { libc::clock_gettime(clock, &mut time) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+    }
+
+    /// Sets the niceness of all its threads, which it cannot leave the process group of.
+    pub(crate) fn set_niceness(&self, niceness: i32) -> io::Result<()> {
+        Ok(rustix::process::setpriority_pgrp(Pid::from_raw(self.id() as i32), niceness)?)
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
@@ -113,6 +147,19 @@ impl Drop for HostChild {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Of all threads of a process: how long they ran or waited on a run queue.
+fn wanted_ns(pid: u32) -> io::Result<u64> {
+    let mut sum_ns = 0u64;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        // "run waited slices"; a thread may have ended meanwhile.
+        let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
+        let both =
+            text.split_ascii_whitespace().take(2).filter_map(|word| word.parse::<u64>().ok());
+        sum_ns = both.fold(sum_ns, u64::saturating_add);
+    }
+    Ok(sum_ns)
 }
 
 fn kill_and_reap(mut child: Child) {

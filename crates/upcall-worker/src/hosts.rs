@@ -26,6 +26,7 @@ use crate::config::{LogLevel, LogSink};
 use crate::engine::{Clock, Command, Life};
 use crate::error::StartError;
 use crate::recipe::{Recipe, SetUp};
+use crate::share::{Share, Weight};
 
 /// A filter host of this worker: its index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,6 +179,8 @@ struct Host {
     life: Life,
     phase: Phase,
     recovery: Recovery,
+    /// Of the processor, in this life.
+    share: Share,
     /// What it counts, and what its earlier lives had counted; by instance.
     counters: Vec<(Counters, Vec<(String, u64)>)>,
     failures: u64,
@@ -189,12 +192,14 @@ struct Host {
 impl Host {
     fn new(watched: Watched, policy: RecoveryPolicy) -> Host {
         let Watched { recipe, process, counters } = watched;
+        let share = Share::new(recipe.channels.len());
         Host {
             recipe,
             process: Some(process),
             life: Life::default(),
             phase: Phase::Serving,
             recovery: Recovery::new(policy),
+            share,
             counters: counters.into_iter().map(|counters| (counters, Vec::new())).collect(),
             failures: 0,
             failed_ns: 0,
@@ -278,6 +283,7 @@ impl Watch {
             for host in ready {
                 self.look_at(HostId(host));
             }
+            self.weigh();
             self.show();
         }
     }
@@ -449,6 +455,7 @@ impl Watch {
         };
         host.process = Some(process);
         host.life = Life(host.life.0 + 1);
+        host.share = Share::new(host.recipe.channels.len());
         host.phase = Phase::Serving;
         host.recovery.handle_started();
         for ((counters, base), next) in host.counters.iter_mut().zip(set_up.counters) {
@@ -470,6 +477,40 @@ impl Watch {
                 stall_ns / 1_000_000
             ),
         );
+    }
+
+    /// Has those give way that take more than their share of the processor.
+    fn weigh(&mut self) {
+        let now_ns = self.clock.now_ns();
+        for host in self.hosts.iter_mut().filter(|host| host.phase == Phase::Serving) {
+            let Some(process) = &mut host.process else { continue };
+            let Some(wanted_ns) = process.wanted_ns() else { continue };
+            let Some(weight) = host.share.look(now_ns, wanted_ns) else { continue };
+            let changed = process.give_way(weight == Weight::Low);
+            let (name, cores) = (host.name(), host.share.cores());
+            match (weight, changed) {
+                (Weight::Low, Ok(())) => (self.log)(
+                    LogLevel::Warn,
+                    &format!(
+                        "filter {name} wants more of the processor than one core for each of its \
+                         {cores} queues: it gives way to everybody else until it does not. Its \
+                         disks may become slow"
+                    ),
+                ),
+                (Weight::Low, Err(error)) => (self.log)(
+                    LogLevel::Warn,
+                    &format!(
+                        "filter {name} wants more of the processor than one core for each of its \
+                         {cores} queues, and cannot be made to give way ({error})"
+                    ),
+                ),
+                (Weight::Full, Ok(())) => {
+                    (self.log)(LogLevel::Info, &format!("filter {name} keeps to its share again"));
+                }
+                // Not allowed without a privilege: it gives way until its next life.
+                (Weight::Full, Err(_)) => {}
+            }
+        }
     }
 
     fn show(&self) {

@@ -17,6 +17,7 @@ mod grow;
 mod hosts;
 mod plant;
 mod recipe;
+mod share;
 mod start;
 mod worker;
 

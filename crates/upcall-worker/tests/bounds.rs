@@ -162,6 +162,65 @@ fn a_filter_that_spins_falls_to_its_deadline_and_others_go_on_meanwhile() {
 }
 
 #[test]
+fn a_filter_that_takes_more_than_its_share_of_the_processor_gives_way() {
+    let mut table = Table::laid("crowd", patient());
+    let eater = table.eater();
+    assert!(niceness(eater).iter().all(|nice| *nice == 0));
+    let own = niceness(std::process::id());
+    assert_eq!(table.eats.run(Op::Read, 0, 4096), Ok(()));
+    table.log.wait_for("filter eater wants more of the processor");
+    let threads = niceness(eater);
+    assert!(threads.len() > 24 && threads.iter().all(|nice| *nice == 19), "{threads:?}");
+    assert_eq!(niceness(std::process::id())[..own.len()], own, "nobody else does");
+    table.other_goes_on();
+    assert_eq!(table.eats.run(Op::Write, 0, 4096), Ok(()), "it has the rest");
+    assert!(!table.log.contains("filter probe wants more"));
+    table.cleared();
+}
+
+/// Of each thread of a process.
+fn niceness(pid: u32) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let nice = tasks.filter_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        let after_name = stat.rsplit_once(") ")?.1;
+        after_name.split(' ').nth(16)?.parse().ok()
+    });
+    nice.collect()
+}
+
+#[test]
+fn a_filter_cannot_raise_its_bounds_even_as_root() {
+    is_stopped_with("raise", Errno::from_raw(1)); // EPERM
+}
+
+#[test]
+fn a_filter_leaves_no_process_behind_that_could_write_to_what_the_next_one_has() {
+    is_stopped_with("fork", Errno::from_raw(1)); // EPERM
+    is_stopped_with("execute", Errno::from_raw(1));
+}
+
+#[test]
+fn a_filter_host_has_no_capability_that_lifts_a_bound_and_gains_none() {
+    let table = Table::laid("nothing", patient());
+    let status = std::fs::read_to_string(format!("/proc/{}/status", table.eater())).unwrap();
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    };
+    // About files and low ports: chown, DAC, fowner, fsetid, net-bind-service.
+    let kept = 0b1_1111 & !(1 << 5) | 1 << 10;
+    for set in ["CapEff:", "CapPrm:", "CapInh:", "CapAmb:"] {
+        assert_eq!(of(set) & !kept, 0, "{set}");
+    }
+    if rustix::process::geteuid().is_root() {
+        assert_eq!(of("CapBnd:") & !kept, 0);
+    }
+    assert_eq!((of("NoNewPrivs:"), of("Seccomp:")), (1, 2));
+    table.cleared();
+}
+
+#[test]
 fn the_bounds_of_a_filter_host_are_hard_ones() {
     let table = Table::laid("nothing", patient());
     let pid = table.eater();

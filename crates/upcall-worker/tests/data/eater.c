@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #include <upcall/filter.h>
 
@@ -109,6 +110,47 @@ static int start(void *(*run)(void *), struct eater *e)
     return 0;
 }
 
+/* Many, on small stacks. */
+static int crowd(void)
+{
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 64 << 10);
+    for (int i = 0; i < 24; i++) {
+        pthread_t thread;
+        int error = pthread_create(&thread, &small, spin, NULL);
+        if (error)
+            return error;
+    }
+    return 0;
+}
+
+/* Lifts the bound of its descriptors. */
+static int raise_bound(void)
+{
+    struct rlimit more = { DESCRIPTORS_MAX, DESCRIPTORS_MAX };
+    if (setrlimit(RLIMIT_NOFILE, &more) == 0 || prlimit(0, RLIMIT_NOFILE, &more, NULL) == 0)
+        return 0;
+    int error = errno;
+    return prlimit(0, RLIMIT_NOFILE, NULL, &more) == 0 ? error : ENOSYS; /* asking is allowed */
+}
+
+/* Leaves a process behind that has everything mapped. */
+static int leave_child(void)
+{
+    pid_t child = fork();
+    if (child == 0)
+        for (;;)
+            pause();
+    return child < 0 ? errno : 0;
+}
+
+static int execute(void)
+{
+    char *const words[] = { "true", NULL };
+    return execv("/bin/true", words) < 0 ? errno : 0;
+}
+
 static uint32_t eater_start(void *self, struct upcall_request *req)
 {
     struct eater *e = self;
@@ -117,6 +159,10 @@ static uint32_t eater_start(void *self, struct upcall_request *req)
                 : is(e, "threads")     ? eat_threads()
                 : is(e, "log")         ? start(talk, e)
                 : is(e, "spin")        ? start(spin, e)
+                : is(e, "crowd")       ? crowd()
+                : is(e, "raise")       ? raise_bound()
+                : is(e, "fork")        ? leave_child()
+                : is(e, "execute")     ? execute()
                                        : 0;
     if (is(e, "spin"))
         spin(e);
