@@ -130,6 +130,7 @@ impl Rig {
 /// A worker with one null disk of one queue, behind this chain.
 pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
     let slot = |(order, link): (usize, &Link)| SlotConfig {
+        name: None,
         filter: link.filter.clone(),
         order: order as i32,
         placement: link.placement,
@@ -150,7 +151,14 @@ pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
         chain: chain.iter().enumerate().map(slot).collect(),
     };
     let recovery = RecoveryPolicy::default();
-    let config = WorkerConfig { disks: vec![disk], stats: None, drain_ms: 1000, recovery, log };
+    let config = WorkerConfig {
+        disks: vec![disk],
+        stats: None,
+        drain_ms: 1000,
+        recovery,
+        write_down: None,
+        log,
+    };
     Worker::start(config).map_err(|error| error.to_string())
 }
 

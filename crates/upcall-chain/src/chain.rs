@@ -147,6 +147,14 @@ impl Chain {
         Ok(chain)
     }
 
+    /// Whether this chain asks the same filters, as they declared themselves, for the same in the
+    /// same order: a request may then go on with either.
+    pub fn has_shape_of(&self, other: &Chain) -> bool {
+        let specs =
+            |chain: &Chain| chain.slots.iter().map(|slot| slot.spec.clone()).collect::<Vec<_>>();
+        specs(self) == specs(other) && self.store.ops == other.store.ops
+    }
+
     /// Which make-up this is.
     pub fn generation(&self) -> Generation {
         self.generation

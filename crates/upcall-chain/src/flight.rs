@@ -271,6 +271,15 @@ impl Flight {
         })
     }
 
+    /// The filter of some slot was replaced while the flight waited at it, and the disk has
+    /// another chain since, of the [same shape](Chain::has_shape_of): the flight goes on with
+    /// that one. Panics if the chains are not of one shape.
+    pub fn handle_adoption(&mut self, from: &Chain, by: &Chain) {
+        assert_eq!(from.generation(), self.generation, "a flight changed its chain");
+        assert!(by.has_shape_of(from), "a flight is adopted only by a chain of the same shape");
+        self.generation = by.generation();
+    }
+
     /// Whether it is on its way up.
     pub fn goes_up(&self) -> bool {
         matches!(self.place, Place::Up(_) | Place::Ended)
@@ -278,7 +287,12 @@ impl Flight {
 
     /// What the verdict of the slot that it waits on breaks. After a cancel a filter
     /// answers in its own way, and only what is no answer is a violation.
-    fn violation_of(&self, chain: &Chain, slot: SlotIndex, verdict: Verdict) -> Option<Violation> {
+    pub fn violation_of(
+        &self,
+        chain: &Chain,
+        slot: SlotIndex,
+        verdict: Verdict,
+    ) -> Option<Violation> {
         let goes_down = self.place == Place::Down(slot);
         match verdict {
             Verdict::Nonsense => Some(Violation::Nonsense { slot }),

@@ -51,6 +51,7 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod change;
 mod class;
 #[cfg(test)]
 mod examples;
@@ -62,6 +63,7 @@ mod split;
 mod verdict;
 
 pub use chain::{Chain, ChainError, Entry, Generation, Route};
+pub use change::{Change, ChangeEnd, ChangeStep, FailedAt};
 pub use class::Class;
 pub use flight::{Action, Flight, Step};
 pub use policy::{OnFailure, PolicyError, default_deadline_ms};

@@ -13,7 +13,7 @@ use upcall_ring::{Access, Mapping};
 use crate::histogram::{BUCKETS, Histogram, bucket_of};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"UPCLSTAT");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const DIRECTORY: usize = 4096;
 const ENTRY: usize = 256;
 const NAME: usize = 48;
@@ -23,10 +23,13 @@ const NOW: usize = 64 * 6;
 const VIOLATIONS: usize = NOW + 8;
 const RETRIES: usize = NOW + 16;
 const SKIPPED: usize = NOW + 24;
+const KIND: usize = 96;
 /// In a hop's entry of the directory: how its filter is.
 const STANDING: usize = 128;
 const FAILURES: usize = 136;
 const LONGEST_STALL: usize = 144;
+/// Its place among the hops of its disk.
+const RANK: usize = 152;
 const COUNTERS: usize = 63;
 const COUNTERS_SIZE: usize = 4096;
 /// More hops than this in a file that is read are refused.
@@ -41,6 +44,19 @@ pub enum HopKind {
     Filter,
     /// The store.
     Store,
+    /// Nothing: room for a filter that may come. Readers do not see it.
+    Vacant,
+}
+
+impl HopKind {
+    const fn number(self) -> u64 {
+        match self {
+            HopKind::Request => 0,
+            HopKind::Filter => 1,
+            HopKind::Store => 2,
+            HopKind::Vacant => 3,
+        }
+    }
 }
 
 /// How a filter stands, for people.
@@ -151,8 +167,9 @@ impl Page {
         for spec in specs {
             let blocks = at;
             at += BLOCK * usize::from(spec.queues);
-            let counters = if spec.kind == HopKind::Filter { at } else { 0 };
-            at += if spec.kind == HopKind::Filter { COUNTERS_SIZE } else { 0 };
+            let has_counters = matches!(spec.kind, HopKind::Filter | HopKind::Vacant);
+            let counters = if has_counters { at } else { 0 };
+            at += if has_counters { COUNTERS_SIZE } else { 0 };
             hops.push(HopPlace { blocks, counters, queues: spec.queues });
         }
         let (mapping, renamed) = match path {
@@ -196,12 +213,8 @@ impl Page {
             let entry = DIRECTORY + ENTRY * index;
             page.put(entry, &name_bytes(&spec.disk));
             page.put(entry + NAME, &name_bytes(&spec.name));
-            let kind = match spec.kind {
-                HopKind::Request => 0u64,
-                HopKind::Filter => 1,
-                HopKind::Store => 2,
-            };
-            page.put(entry + 96, &kind.to_le_bytes());
+            page.put(entry + KIND, &spec.kind.number().to_le_bytes());
+            page.put(entry + RANK, &(index as u64).to_le_bytes());
             page.put(entry + 104, &u64::from(spec.queues).to_le_bytes());
             page.put(entry + 112, &(place.blocks as u64).to_le_bytes());
             page.put(entry + 120, &(place.counters as u64).to_le_bytes());
@@ -227,6 +240,35 @@ impl Page {
         let place = &self.hops[hop];
         assert!(queue < place.queues);
         Block { mapping: self.mapping.clone(), start: place.blocks + BLOCK * usize::from(queue) }
+    }
+
+    /// Makes a hop that is vacant, or whose filter has left, that of another filter, which has
+    /// counted nothing yet. Only while nobody counts there.
+    pub fn begin_filter(&self, hop: usize, name: &str) {
+        let (entry, place) = (DIRECTORY + ENTRY * hop, &self.hops[hop]);
+        for queue in 0..usize::from(place.queues) {
+            self.put(place.blocks + BLOCK * queue, &[0; BLOCK]);
+        }
+        self.put(place.counters, &[0; COUNTERS_SIZE]);
+        self.show_health(hop, &FilterHealth::default());
+        self.put(entry + NAME, &name_bytes(name));
+        self.put(entry + KIND, &HopKind::Filter.number().to_le_bytes());
+    }
+
+    /// A hop's filter has left.
+    pub fn end_filter(&self, hop: usize) {
+        self.put(DIRECTORY + ENTRY * hop + KIND, &HopKind::Vacant.number().to_le_bytes());
+    }
+
+    /// Shows a hop at this place among those of its disk; smaller is nearer to the guest.
+    pub fn rank(&self, hop: usize, rank: u64) {
+        self.put(DIRECTORY + ENTRY * hop + RANK, &rank.to_le_bytes());
+    }
+
+    /// A reader of this page.
+    pub fn reader(&self) -> PageReader {
+        let (pid, hops) = (std::process::id(), self.hops.len() as u64);
+        PageReader { mapping: self.mapping.clone(), pid, hops }
     }
 
     /// Shows how a filter is. One thread at a time.
@@ -355,7 +397,7 @@ impl From<io::Error> for ReadError {
 
 /// The reader's view. The file is not trusted: a bad one gives errors or odd numbers.
 pub struct PageReader {
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     pid: u32,
     hops: u64,
 }
@@ -447,7 +489,7 @@ impl PageReader {
             ));
         }
         let mapping = Mapping::new(&file, 0, length as usize, Access::ReadOnly)?;
-        let mut reader = PageReader { mapping, pid: 0, hops: 0 };
+        let mut reader = PageReader { mapping: Arc::new(mapping), pid: 0, hops: 0 };
         if reader.number(0) != MAGIC {
             return Err(ReadError::NotAPage(
                 "not a page of counters of an upcall worker (wrong magic)",
@@ -480,9 +522,26 @@ impl PageReader {
         self.mapping.read_array::<NAME>(offset).map_or_else(String::new, |bytes| name_text(&bytes))
     }
 
-    /// All hops as they stand now.
+    /// How many requests have left a hop, by its number in the page.
+    pub fn requests(&self, hop: usize) -> u64 {
+        self.hop(DIRECTORY + ENTRY * hop).block.total().requests
+    }
+
+    /// All hops as they stand now: the disks one after the other, and of each the hops from the
+    /// guest to the store.
     pub fn snapshot(&self) -> Vec<HopSnapshot> {
-        (0..self.hops as usize).map(|index| self.hop(DIRECTORY + ENTRY * index)).collect()
+        let mut hops = Vec::new();
+        let mut disk = 0;
+        for index in 0..self.hops as usize {
+            let entry = DIRECTORY + ENTRY * index;
+            let hop = self.hop(entry);
+            disk += usize::from(hop.kind == HopKind::Request);
+            if hop.kind != HopKind::Vacant {
+                hops.push(((disk, self.number(entry + RANK)), hop));
+            }
+        }
+        hops.sort_by_key(|(place, _)| *place);
+        hops.into_iter().map(|(_, hop)| hop).collect()
     }
 
     fn hop(&self, entry: usize) -> HopSnapshot {
@@ -497,9 +556,10 @@ impl PageReader {
         HopSnapshot {
             disk: self.name(entry),
             name: self.name(entry + NAME),
-            kind: match self.number(entry + 96) {
+            kind: match self.number(entry + KIND) {
                 0 => HopKind::Request,
                 1 => HopKind::Filter,
+                3 => HopKind::Vacant,
                 _ => HopKind::Store,
             },
             block,
@@ -583,6 +643,29 @@ mod tests {
     }
 
     #[test]
+    fn a_filter_that_comes_begins_at_nothing_where_its_rank_says_and_one_that_leaves_is_gone() {
+        let mut specs = specs();
+        let vacant = HopSpec { name: String::new(), kind: HopKind::Vacant, ..specs[1].clone() };
+        specs.insert(2, vacant);
+        let page = Page::create(None, &specs).unwrap();
+        let names = || -> Vec<String> {
+            page.reader().snapshot().into_iter().map(|hop| hop.name).collect()
+        };
+        assert_eq!(names(), ["request", "xor", "raw file"]);
+        page.block(2, 1).enter();
+        page.show_counters(2, &[("old".into(), 1)]);
+        page.begin_filter(2, "trace");
+        page.rank(2, 1);
+        page.rank(1, 2);
+        page.rank(3, 3);
+        assert_eq!(names(), ["request", "trace", "xor", "raw file"]);
+        let hop = &page.reader().snapshot()[1];
+        assert_eq!((hop.block.now, hop.counters.len()), (0, 0));
+        page.end_filter(1);
+        assert_eq!(names(), ["request", "trace", "raw file"]);
+    }
+
+    #[test]
     fn a_page_that_was_replaced_leaves_the_one_that_replaced_it() {
         let path = std::env::temp_dir().join(format!("upcall-stats-two-{}", std::process::id()));
         let first = Page::create(Some(&path), &specs()).unwrap();
@@ -645,7 +728,7 @@ mod tests {
         assert!(matches!(PageReader::open(&path), Err(ReadError::NotAPage(_))));
         let mut bytes = vec![0; 8192];
         bytes[..8].copy_from_slice(&MAGIC.to_le_bytes());
-        bytes[8] = 1;
+        bytes[8] = 2;
         bytes[16] = 9; // hops whose entries point anywhere
         bytes[4096..8192].fill(0xff);
         std::fs::write(&path, &bytes).unwrap();

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::chains::WriteDown;
 use upcall_chain::{OnFailure, RecoveryPolicy};
 pub use upcall_filterhost::Placement;
 pub use upcall_nbd::TlsFiles;
@@ -25,6 +26,9 @@ pub struct WorkerConfig {
     pub drain_ms: u64,
     /// How patiently filters that fail are started again.
     pub recovery: RecoveryPolicy,
+    /// Told of each chain change before it takes effect. None: a worker that follows this one
+    /// begins with its configuration.
+    pub write_down: Option<WriteDown>,
     /// Gets what an operator should know, one line at a time. Called from any thread, not
     /// on the path of a request.
     pub log: LogSink,
@@ -179,7 +183,11 @@ pub enum SocketSource {
 }
 
 /// A filter on a disk.
+#[derive(Clone, Debug, PartialEq)]
 pub struct SlotConfig {
+    /// What it is called on its disk, in commands and for its state: letters, digits and `-`.
+    /// None: its own name, with a number behind if it is not the first.
+    pub name: Option<String>,
     /// Its shared object.
     pub filter: PathBuf,
     /// Its place among filters of the same class; smaller is nearer to the guest.

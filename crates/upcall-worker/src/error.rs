@@ -23,6 +23,16 @@ pub enum StartError {
     /// A name that is empty, too long, or would not be readable in messages.
     #[error("{0:?} is no name for a disk: use 1 to 47 letters, digits, '-', '_' and '.'")]
     DiskName(String),
+    /// A slot's name that cannot be that of its files, or that two slots have.
+    #[error(
+        "disk {disk}: {name:?} is no name for a filter's slot, or two have it: use 1 to 40 letters, digits and '-'"
+    )]
+    SlotName {
+        /// Which disk.
+        disk: String,
+        /// As given.
+        name: String,
+    },
     /// Queues out of range.
     #[error("disk {disk}: {queues} queues are not possible: use 1 to 64")]
     Queues {

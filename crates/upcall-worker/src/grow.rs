@@ -31,7 +31,7 @@ fn decide(told: u64, now: u64, has_frontend: bool, has_filters: bool) -> Outcome
 }
 
 /// Looks at a disk's store, lets the disk grow if it can, and gives what there is to say.
-pub(crate) fn look_again(disk: &ServedDisk) -> Option<(LogLevel, String)> {
+pub(crate) fn look_again(disk: &ServedDisk, has_filters: bool) -> Option<(LogLevel, String)> {
     let frontend = disk.frontend.as_ref();
     let told = frontend.map_or(disk.info.capacity, |frontend| frontend.config().capacity());
     let now = match disk.store.measure() {
@@ -41,7 +41,6 @@ pub(crate) fn look_again(disk: &ServedDisk) -> Option<(LogLevel, String)> {
             return Some((LogLevel::Error, text));
         }
     };
-    let has_filters = !disk.chain.is_empty();
     Some(match decide(told, now, frontend.is_some(), has_filters) {
         Outcome::Same => return None,
         Outcome::Grows => {

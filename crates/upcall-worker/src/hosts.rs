@@ -9,9 +9,10 @@
 //! Always true: a life of a host begins to be set up only when the process of the last one is
 //! dead, and every queue thread has said that nothing which it had issued can come late.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,7 +30,7 @@ use crate::recipe::{Recipe, SetUp};
 use crate::share::{Share, Weight};
 
 /// A filter host of this worker: its index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct HostId(pub(crate) usize);
 
 /// What queue threads tell the thread that watches.
@@ -74,14 +75,77 @@ pub(crate) struct Watched {
 enum Order {
     News(HostNews),
     SetUp(HostId, Box<Result<(HostProcess, SetUp), StartError>>),
+    Lend(HostId, SyncSender<Option<HostProcess>>),
+    GiveBack(HostId, Box<HostProcess>),
+    Adopt(HostId, Box<Watched>, Option<TrialEnds>),
+    Amend(HostId, Arc<Recipe>),
+    EndTrial(HostId),
+    Forget(HostId, SyncSender<Option<HostProcess>>),
     Return,
 }
+
+/// Told when a host that is on trial has failed, and why.
+pub(crate) type TrialEnds = Sender<(HostId, String)>;
+
+/// What a chain change asks of the thread that watches. From any thread.
+#[derive(Clone)]
+pub(crate) struct HostKeeper {
+    orders: Sender<Order>,
+    wake: Doorbell,
+}
+
+impl HostKeeper {
+    /// Takes a host away from the watch, to talk to it. None if it does not serve just now.
+    /// It is to be [given back](Self::give_back): until then its death is not seen.
+    pub(crate) fn lend(&self, host: HostId) -> Option<HostProcess> {
+        let (reply, lent) = sync_channel(1);
+        self.order(Order::Lend(host, reply));
+        lent.recv().ok().flatten()
+    }
+
+    /// Gives a host back, which may have died or been killed meanwhile.
+    pub(crate) fn give_back(&self, host: HostId, process: HostProcess) {
+        self.order(Order::GiveBack(host, Box::new(process)));
+    }
+
+    /// Watches another host from now on. One on trial is not started again when it fails;
+    /// `trial` is told instead.
+    pub(crate) fn adopt(&self, host: HostId, watched: Watched, trial: Option<TrialEnds>) {
+        self.order(Order::Adopt(host, Box::new(watched), trial));
+    }
+
+    /// A host, which is lent, has another recipe from now on: some instances are closed.
+    pub(crate) fn amend(&self, host: HostId, recipe: Arc<Recipe>) {
+        self.order(Order::Amend(host, recipe));
+    }
+
+    /// A host is on trial no longer: it is started again when it fails or has failed.
+    pub(crate) fn end_trial(&self, host: HostId) {
+        self.order(Order::EndTrial(host));
+    }
+
+    /// Watches a host no longer, and gives it back if it is there. It is not started again.
+    pub(crate) fn forget(&self, host: HostId) -> Option<HostProcess> {
+        let (reply, forgotten) = sync_channel(1);
+        self.order(Order::Forget(host, reply));
+        forgotten.recv().ok().flatten()
+    }
+
+    fn order(&self, order: Order) {
+        // Nobody watches any more: everything ends.
+        let _ = self.orders.send(order);
+        self.wake.ring();
+    }
+}
+
+/// A host that is watched no longer, and the numbers of its instances.
+pub(crate) type Stopped = (HostProcess, Vec<u32>);
 
 /// The thread that watches; see the module.
 pub(crate) struct Supervisor {
     orders: Sender<Order>,
     wake: Doorbell,
-    thread: Option<JoinHandle<Vec<Option<HostProcess>>>>,
+    thread: Option<JoinHandle<Vec<Stopped>>>,
 }
 
 impl Supervisor {
@@ -94,7 +158,8 @@ impl Supervisor {
         orders: SupervisorOrders,
     ) -> std::io::Result<Supervisor> {
         let SupervisorOrders { sender, receiver, wake } = orders;
-        let hosts = hosts.into_iter().map(|host| Host::new(host, policy)).collect();
+        let hosts = hosts.into_iter().enumerate();
+        let hosts = hosts.map(|(id, host)| (HostId(id), Host::new(host, policy))).collect();
         let mut watch = Watch {
             hosts,
             engines,
@@ -104,20 +169,28 @@ impl Supervisor {
             sender: sender.clone(),
             wake: wake.clone(),
             clock: Clock::default(),
+            policy,
         };
         let thread = std::thread::Builder::new().name("upcall-hosts".into()).spawn(move || {
             watch.run();
-            watch.hosts.into_iter().map(|host| host.process).collect()
+            let hosts = watch.hosts.into_values();
+            hosts.filter_map(|host| Some((host.process?, host.recipe.instance_numbers()))).collect()
         })?;
         Ok(Supervisor { orders: sender, wake, thread: Some(thread) })
     }
 
-    /// Ends the watch and gives the filter hosts back; None for those that are not there.
-    pub(crate) fn stop(mut self) -> Vec<Option<HostProcess>> {
+    /// Ends the watch and gives the filter hosts back that are there, with the numbers of their
+    /// instances.
+    pub(crate) fn stop(mut self) -> Vec<Stopped> {
         self.end()
     }
 
-    fn end(&mut self) -> Vec<Option<HostProcess>> {
+    /// For chain changes.
+    pub(crate) fn keeper(&self) -> HostKeeper {
+        HostKeeper { orders: self.orders.clone(), wake: self.wake.clone() }
+    }
+
+    fn end(&mut self) -> Vec<Stopped> {
         let _ = self.orders.send(Order::Return);
         self.wake.ring();
         self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
@@ -159,6 +232,10 @@ impl SupervisorOrders {
 #[derive(Debug, PartialEq, Eq)]
 enum Phase {
     Serving,
+    /// Somebody else talks to it. It was to be killed meanwhile, for this.
+    Lent {
+        condemned: Option<String>,
+    },
     /// It was killed, for this, and is not dead yet.
     Dying {
         reason: String,
@@ -187,6 +264,8 @@ struct Host {
     /// When it failed, if it does not serve.
     failed_ns: u64,
     longest_stall_ns: u64,
+    /// It is on trial.
+    trial: Option<TrialEnds>,
 }
 
 impl Host {
@@ -204,6 +283,7 @@ impl Host {
             failures: 0,
             failed_ns: 0,
             longest_stall_ns: 0,
+            trial: None,
         }
     }
 
@@ -216,6 +296,11 @@ impl Host {
     fn is_needed(&self) -> bool {
         self.recipe.placement == Placement::Isolated
             && self.recipe.instances.iter().any(|given| given.on_failure != OnFailure::Detach)
+    }
+
+    /// Whether it waits for its time to be started.
+    fn is_waiting(&self) -> bool {
+        self.phase == Phase::Waiting && self.trial.is_none()
     }
 
     /// Its disks and what becomes of their requests, for people.
@@ -234,7 +319,7 @@ impl Host {
     }
 
     fn standing(&self, on_failure: OnFailure) -> Standing {
-        match (self.phase == Phase::Serving, on_failure) {
+        match (matches!(self.phase, Phase::Serving | Phase::Lent { .. }), on_failure) {
             (true, _) => Standing::Up,
             (_, OnFailure::Detach) => Standing::Detached,
             _ if self.recovery.health() == Health::Quarantined => Standing::Quarantined,
@@ -245,7 +330,7 @@ impl Host {
 }
 
 struct Watch {
-    hosts: Vec<Host>,
+    hosts: BTreeMap<HostId, Host>,
     engines: Vec<EngineHandle>,
     page: Arc<Page>,
     log: LogSink,
@@ -253,24 +338,47 @@ struct Watch {
     sender: Sender<Order>,
     wake: Doorbell,
     clock: Clock,
+    policy: RecoveryPolicy,
 }
 
 impl Watch {
+    /// Whether this life of a host is the one that there is.
+    fn is_current(&self, host: HostId, life: Life) -> bool {
+        self.hosts.get(&host).is_some_and(|host| host.life == life)
+    }
+
     fn run(&mut self) {
         loop {
             while let Ok(order) = self.orders.try_recv() {
                 match order {
                     Order::News(HostNews::GiveUp { host, life, reason }) => {
-                        if self.hosts[host.0].life == life {
+                        if self.is_current(host, life) {
                             self.give_up(host, &reason);
                         }
                     }
                     Order::News(HostNews::Quiet { host, life }) => {
-                        if self.hosts[host.0].life == life {
+                        if self.is_current(host, life) {
                             self.hear_quiet(host);
                         }
                     }
                     Order::SetUp(host, result) => self.hear_set_up(host, *result),
+                    Order::Lend(host, reply) => drop(reply.send(self.lend(host))),
+                    Order::GiveBack(host, process) => self.take_back(host, *process),
+                    Order::Adopt(id, watched, trial) => {
+                        let host = Host { trial, ..Host::new(*watched, self.policy) };
+                        self.hosts.insert(id, host);
+                    }
+                    Order::Amend(host, recipe) => self.amend(host, recipe),
+                    Order::EndTrial(host) => {
+                        if let Some(host) = self.hosts.get_mut(&host) {
+                            host.trial = None;
+                        }
+                    }
+                    Order::Forget(host, reply) => {
+                        let process = self.hosts.remove(&host).and_then(|host| host.process);
+                        // Nobody takes it: then it dies here.
+                        let _ = reply.send(process);
+                    }
                     Order::Return => {
                         self.show();
                         return;
@@ -281,7 +389,7 @@ impl Watch {
             let ready = self.wait();
             self.wake.clear();
             for host in ready {
-                self.look_at(HostId(host));
+                self.look_at(host);
             }
             self.weigh();
             self.show();
@@ -289,33 +397,33 @@ impl Watch {
     }
 
     /// Waits for news; the hosts that have some.
-    fn wait(&self) -> Vec<usize> {
+    fn wait(&self) -> Vec<HostId> {
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         let mut whose = Vec::new();
-        for (index, host) in self.hosts.iter().enumerate() {
+        for (index, host) in &self.hosts {
             let Some(process) = &host.process else { continue };
             // One that is to die has nothing more to say.
             if host.phase == Phase::Serving {
                 fds.push(PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN));
-                whose.push(index);
+                whose.push(*index);
             }
             if let Some(pidfd) = process.pidfd() {
                 fds.push(PollFd::from_borrowed_fd(pidfd, PollFlags::IN));
-                whose.push(index);
+                whose.push(*index);
             }
         }
         if poll(&mut fds, self.timeout().as_ref()).is_err() {
             return Vec::new();
         }
         let ready = fds[1..].iter().zip(whose).filter(|(fd, _)| !fd.revents().is_empty());
-        let mut ready: Vec<usize> = ready.map(|(_, host)| host).collect();
+        let mut ready: Vec<HostId> = ready.map(|(_, host)| host).collect();
         ready.dedup();
         ready
     }
 
     fn timeout(&self) -> Option<Timespec> {
-        let counted = self.hosts.iter().any(|host| !host.counters.is_empty());
-        let waiting = self.hosts.iter().filter(|host| host.phase == Phase::Waiting);
+        let counted = self.hosts.values().any(|host| !host.counters.is_empty());
+        let waiting = self.hosts.values().filter(|host| host.is_waiting());
         let start_ns = waiting.filter_map(|host| host.recovery.start_at_ns()).min();
         let left_ns = start_ns.map(|at_ns| at_ns.saturating_sub(self.clock.now_ns()));
         let counted_ns = counted.then_some(COUNTERS_EVERY.as_nanos() as u64);
@@ -325,7 +433,7 @@ impl Watch {
 
     /// A host has something to say, or has died.
     fn look_at(&mut self, id: HostId) {
-        let host = &mut self.hosts[id.0];
+        let Some(host) = self.hosts.get_mut(&id) else { return };
         let Some(process) = &mut host.process else { return };
         let complaint = match host.phase {
             Phase::Serving => process.service().err(),
@@ -340,7 +448,11 @@ impl Watch {
 
     /// Kills a host. What follows, follows when it is dead.
     fn give_up(&mut self, id: HostId, reason: &str) {
-        let host = &mut self.hosts[id.0];
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        if let Phase::Lent { condemned } = &mut host.phase {
+            condemned.get_or_insert_with(|| reason.to_owned());
+            return;
+        }
         let (Phase::Serving, Some(process)) = (&host.phase, &mut host.process) else { return };
         process.kill();
         host.phase = Phase::Dying { reason: reason.to_owned() };
@@ -350,10 +462,43 @@ impl Watch {
         }
     }
 
+    /// Lets somebody else talk to a host that serves.
+    fn lend(&mut self, id: HostId) -> Option<HostProcess> {
+        let host = self.hosts.get_mut(&id)?;
+        if host.phase != Phase::Serving {
+            return None;
+        }
+        host.phase = Phase::Lent { condemned: None };
+        host.process.take()
+    }
+
+    fn take_back(&mut self, id: HostId, process: HostProcess) {
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let Phase::Lent { condemned } = std::mem::replace(&mut host.phase, Phase::Serving) else {
+            return;
+        };
+        host.process = Some(process);
+        match condemned {
+            Some(reason) => self.give_up(id, &reason),
+            None => self.look_at(id),
+        }
+    }
+
+    /// A host that is lent has fewer instances than before.
+    fn amend(&mut self, id: HostId, recipe: Arc<Recipe>) {
+        let Some(host) = self.hosts.get_mut(&id) else { return };
+        let counters = std::mem::take(&mut host.counters);
+        let counted = host.recipe.instance_numbers().into_iter().zip(counters);
+        let stays = recipe.instance_numbers();
+        host.counters =
+            counted.filter(|(instance, _)| stays.contains(instance)).map(|(_, c)| c).collect();
+        host.recipe = recipe;
+    }
+
     /// A host is dead: the queue threads are told, and it is started again in time.
     fn bury(&mut self, id: HostId, how: &str) {
         let now_ns = self.clock.now_ns();
-        let host = &mut self.hosts[id.0];
+        let Some(host) = self.hosts.get_mut(&id) else { return };
         let how = match std::mem::replace(&mut host.phase, Phase::Gone) {
             Phase::Dying { reason } => reason,
             _ => how.to_owned(),
@@ -363,24 +508,29 @@ impl Watch {
         }
         host.failures += 1;
         host.failed_ns = now_ns;
-        let failed = host.recovery.handle_failure(now_ns, host.is_needed());
+        let is_needed = host.is_needed() || host.trial.is_some();
+        let failed = host.recovery.handle_failure(now_ns, is_needed);
         let is_for_good = failed == Failed::Gone;
         let (life, mut left) = (host.life, 0);
         for given in &host.recipe.channels {
             let lost = Command::HostLost { host: id, life, is_for_good };
             left += usize::from(self.engines[given.engine].send(lost));
         }
-        let host = &mut self.hosts[id.0];
+        let Some(host) = self.hosts.get_mut(&id) else { return };
         host.phase = match (is_for_good, left) {
             (true, _) => Phase::Gone,
             (false, 0) => Phase::Waiting,
             (false, left) => Phase::Quieting { left },
         };
+        if let Some(trial) = &host.trial {
+            let _ = trial.send((id, how));
+            return;
+        }
         self.say_failed(id, &format!("is gone ({how})"), failed);
     }
 
     fn say_failed(&self, id: HostId, what: &str, failed: Failed) {
-        let host = &self.hosts[id.0];
+        let Some(host) = self.hosts.get(&id) else { return };
         let (name, then) = (host.name(), host.consequences());
         match failed {
             Failed::Restart { after_ms } => (self.log)(
@@ -405,7 +555,7 @@ impl Watch {
 
     /// A queue thread has ended what a dead host had issued.
     fn hear_quiet(&mut self, id: HostId) {
-        let host = &mut self.hosts[id.0];
+        let Some(host) = self.hosts.get_mut(&id) else { return };
         if let Phase::Quieting { left } = &mut host.phase {
             *left -= 1;
             if *left == 0 {
@@ -417,9 +567,10 @@ impl Watch {
     /// Has those hosts set up whose time has come.
     fn start_due(&mut self) {
         let now_ns = self.clock.now_ns();
-        for index in 0..self.hosts.len() {
-            let host = &mut self.hosts[index];
-            if host.phase != Phase::Waiting || !host.recovery.poll_start(now_ns) {
+        let ids: Vec<HostId> = self.hosts.keys().copied().collect();
+        for id in ids {
+            let Some(host) = self.hosts.get_mut(&id) else { continue };
+            if !host.is_waiting() || !host.recovery.poll_start(now_ns) {
                 continue;
             }
             host.phase = Phase::SettingUp;
@@ -428,13 +579,13 @@ impl Watch {
             let thread =
                 std::thread::Builder::new().name("filter-restart".into()).spawn(move || {
                     // Nobody listens any more: then it is dropped here, and dies.
-                    let _ = sender.send(Order::SetUp(HostId(index), Box::new(recipe.again())));
+                    let _ = sender.send(Order::SetUp(id, Box::new(recipe.again())));
                     wake.ring();
                 });
             if let Err(source) = thread {
                 let error =
                     StartError::System { disk: String::new(), what: "start a thread", source };
-                self.hear_set_up(HostId(index), Err(error));
+                self.hear_set_up(id, Err(error));
             }
         }
     }
@@ -442,7 +593,8 @@ impl Watch {
     /// A host serves again, or could not be set up.
     fn hear_set_up(&mut self, id: HostId, result: Result<(HostProcess, SetUp), StartError>) {
         let now_ns = self.clock.now_ns();
-        let host = &mut self.hosts[id.0];
+        // One that has left the chain is dropped here, and dies.
+        let Some(host) = self.hosts.get_mut(&id) else { return };
         let (process, set_up) = match result {
             Ok(whole) => whole,
             Err(error) => {
@@ -514,7 +666,7 @@ impl Watch {
     }
 
     fn show(&self) {
-        for host in &self.hosts {
+        for host in self.hosts.values() {
             for (given, (counters, base)) in host.recipe.instances.iter().zip(&host.counters) {
                 let counted = added(base.clone(), counters.snapshot());
                 self.page.show_counters(given.hop, &counted);

@@ -8,6 +8,7 @@
 //! Control-plane logic (where a configuration comes from, how it is shown) is not here.
 #![forbid(unsafe_code)]
 
+mod chains;
 mod config;
 mod direct;
 mod engine;
@@ -21,6 +22,11 @@ mod share;
 mod start;
 mod worker;
 
+pub use chains::request::{
+    ChainChange, ChainView, ChangeError, Changed, DiskChange, DiskChanged, Edit, InFlightView,
+    Place, SlotView, Trial,
+};
+pub use chains::{Chains, WriteDown};
 pub use config::{
     DiskConfig, Engine, FrontendConfig, ImageFormat, ImageOptions, ImageSource, Layer, LogLevel,
     LogSink, NbdAddress, NbdConfig, NbdPlace, NbdServer, NbdTls, Placement, ReportFailure,
@@ -28,7 +34,7 @@ pub use config::{
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
-pub use upcall_chain::{OnFailure, RecoveryPolicy};
+pub use upcall_chain::{FailedAt, OnFailure, RecoveryPolicy};
 pub use worker::{DiskSummary, ExitReport, Wake, Worker};
 
 #[cfg(feature = "sim")]

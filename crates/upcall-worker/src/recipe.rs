@@ -50,7 +50,15 @@ pub(crate) struct GivenArena {
     pub(crate) writable: bool,
 }
 
+impl GivenArena {
+    fn try_clone(&self) -> std::io::Result<GivenArena> {
+        let fd = self.fd.try_clone()?;
+        Ok(GivenArena { fd, disk: self.disk.clone(), ..*self })
+    }
+}
+
 /// A channel to a queue thread.
+#[derive(Clone)]
 pub(crate) struct GivenChannel {
     /// The number and name of the disk whose queue it is.
     pub(crate) number: u32,
@@ -61,6 +69,7 @@ pub(crate) struct GivenChannel {
 }
 
 /// An instance on a disk.
+#[derive(Clone)]
 pub(crate) struct GivenInstance {
     pub(crate) instance: u32,
     /// The number and name of its disk.
@@ -126,6 +135,13 @@ impl Recipe {
     /// Gives a filter host that has described itself everything, up to the point at which it
     /// serves.
     pub(crate) fn set_up(&self, process: &mut HostProcess) -> Result<SetUp, StartError> {
+        let ways = self.prepare(process)?;
+        let counters = self.activate(process)?;
+        Ok(SetUp { ways, counters })
+    }
+
+    /// As far as it goes without an instance: the filter's code is loaded.
+    pub(crate) fn prepare(&self, process: &mut HostProcess) -> Result<Vec<Way>, StartError> {
         process.bound(&self.bounds()).map_err(|source| self.failed("", source))?;
         for arena in &self.arenas {
             process
@@ -138,12 +154,37 @@ impl Recipe {
             ways.push(self.give_channel(process, number as u32, channel, &issue_arena)?);
         }
         process.load().map_err(|source| self.failed("", source))?;
+        Ok(ways)
+    }
+
+    /// Opens the instances of a host that is prepared, and lets it serve.
+    pub(crate) fn activate(&self, process: &mut HostProcess) -> Result<Vec<Counters>, StartError> {
         let mut counters = Vec::new();
         for given in &self.instances {
             counters.push(self.open(process, given)?);
         }
         process.serve().map_err(|source| self.failed("", source))?;
-        Ok(SetUp { ways, counters })
+        Ok(counters)
+    }
+
+    /// The same without an instance, which is closed.
+    pub(crate) fn without(&self, instance: u32) -> std::io::Result<Recipe> {
+        let stays = |given: &&GivenInstance| given.instance != instance;
+        Ok(Recipe {
+            file: self.file.try_clone()?,
+            placement: self.placement,
+            log: self.log.clone(),
+            memory_bytes: self.memory_bytes,
+            description: self.description.clone(),
+            arenas: self.arenas.iter().map(GivenArena::try_clone).collect::<Result<_, _>>()?,
+            channels: self.channels.clone(),
+            instances: self.instances.iter().filter(stays).cloned().collect(),
+        })
+    }
+
+    /// The numbers of its instances, in their order.
+    pub(crate) fn instance_numbers(&self) -> Vec<u32> {
+        self.instances.iter().map(|given| given.instance).collect()
     }
 
     fn bounds(&self) -> Bounds {
@@ -188,7 +229,8 @@ impl Recipe {
         Ok(Way { channel, doorbell, issue_arena: issue_arena.clone() })
     }
 
-    fn open(
+    /// Opens one instance.
+    pub(crate) fn open(
         &self,
         process: &mut HostProcess,
         given: &GivenInstance,

@@ -8,16 +8,14 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use upcall_block::{DiskInfo, RequestQueue, Store};
-use upcall_gap::Gaps;
 use upcall_nbd::Server;
-use upcall_stats::Page;
 
+use crate::chains::Chains;
 use crate::config::{LogLevel, LogSink, StoreFailures, WorkerConfig};
 use crate::engine::Command;
 use crate::error::StartError;
 use crate::frontend::Frontend;
 use crate::hosts::{EngineHandle, Supervisor};
-use crate::start::StateFolder;
 
 /// A running worker: serves its disks until it is shut down. Dropping it instead ends it too,
 /// but filters are not closed, and nothing is said about the stores.
@@ -25,14 +23,10 @@ pub struct Worker {
     pub(crate) disks: Vec<ServedDisk>,
     pub(crate) nbd: Vec<Server>,
     pub(crate) supervisor: Supervisor,
-    /// Instances by filter host, for closing.
-    pub(crate) instances: Vec<Vec<u32>>,
     pub(crate) drain_ms: u64,
     pub(crate) log: LogSink,
-    /// The folders of the disks' filters, locked until the end.
-    pub(crate) _states: Vec<StateFolder>,
-    /// Removed with the worker.
-    pub(crate) _page: Arc<Page>,
+    /// Also what the disks' filters keep, locked until the end, and the page of counters.
+    pub(crate) chains: Chains,
 }
 
 /// One disk of a running worker.
@@ -42,13 +36,9 @@ pub(crate) struct ServedDisk {
     pub(crate) info: DiskInfo,
     pub(crate) queues: u16,
     pub(crate) summary: String,
-    pub(crate) chain: Vec<String>,
     /// Dropped before the queue threads that it needs.
     pub(crate) frontend: Option<Frontend>,
     pub(crate) engines: Vec<RunningEngine>,
-    /// The files in which is recorded what bypassed filters miss; closed after the queue
-    /// threads that mark there.
-    pub(crate) _gaps: Vec<Gaps>,
     /// Where NBD clients find it, if they do; empty if that is not known.
     pub(crate) nbd: Option<String>,
 }
@@ -125,16 +115,20 @@ impl Worker {
 
     /// What is served.
     pub fn disks(&self) -> Vec<DiskSummary> {
-        let summary = |disk: &ServedDisk| DiskSummary {
+        let chains = self.chains.chains();
+        let filters = |number: usize| -> Vec<String> {
+            chains[number].slots.iter().map(|slot| slot.filter.clone()).collect()
+        };
+        let summary = |(number, disk): (usize, &ServedDisk)| DiskSummary {
             name: disk.name.to_string(),
             info: disk.info.clone(),
             store: disk.summary.clone(),
-            chain: disk.chain.clone(),
+            chain: filters(number),
             queues: disk.queues,
             nbd: disk.nbd.clone(),
             socket: disk.frontend.as_ref().and_then(|frontend| frontend.socket().map(Into::into)),
         };
-        self.disks.iter().map(summary).collect()
+        self.disks.iter().enumerate().map(summary).collect()
     }
 
     /// Serves a queue that is not one of a frontend of ours. For disks without a frontend:
@@ -154,8 +148,9 @@ impl Worker {
     /// guest is told; what stands against it, or a store that has shrunk, is said in the log.
     /// From any thread; does not wait for the guest.
     pub fn look_again(&self) {
-        for disk in &self.disks {
-            if let Some((level, text)) = crate::grow::look_again(disk) {
+        for (number, disk) in self.disks.iter().enumerate() {
+            let has_filters = self.chains.has_filters(number);
+            if let Some((level, text)) = crate::grow::look_again(disk, has_filters) {
                 (self.log)(level, &format!("disk {}: {text}", disk.name));
             }
         }
@@ -169,9 +164,15 @@ impl Worker {
         if fds[0].revents().is_empty() { Wake::News } else { Wake::Shutdown }
     }
 
-    /// Ends in good order: frontends, requests, filter instances, stores, filter hosts.
+    /// The disks' chains, to be shown and changed from any thread.
+    pub fn chains(&self) -> Chains {
+        self.chains.clone()
+    }
+
+    /// Ends in good order: a chain change that is on its way, frontends, requests, filter instances, stores, filter hosts.
     pub fn shutdown(self) -> ExitReport {
         let mut report = ExitReport::default();
+        self.chains.end();
         let mut disks = self.disks;
         // All begin to end before the first is waited for.
         self.nbd.iter().for_each(Server::end);
@@ -188,8 +189,7 @@ impl Worker {
         }
         // Instances close while the queue threads still run: what they have issued must end.
         let mut hosts = self.supervisor.stop();
-        for (host, instances) in hosts.iter_mut().zip(&self.instances) {
-            let Some(host) = host else { continue };
+        for (host, instances) in &mut hosts {
             for instance in instances {
                 if host.exit_description().is_none()
                     && let Err(error) = host.close(*instance)
@@ -213,13 +213,14 @@ impl Worker {
                 ));
             }
         }
-        for mut host in hosts.into_iter().flatten() {
+        for (mut host, _) in hosts {
             if host.exit_description().is_none()
                 && let Err(error) = host.quit()
             {
                 (self.log)(LogLevel::Warn, &error.to_string());
             }
         }
+        self.chains.release();
         report
     }
 }

@@ -190,6 +190,7 @@ fn an_operation_that_nobody_asked_for_skips_the_ring() {
         stats: Some(stats.clone()),
         drain_ms: 100,
         recovery: RecoveryPolicy::default(),
+        write_down: None,
         log: NO_LOG.sink(),
     };
     let worker = Worker::start(config).unwrap();

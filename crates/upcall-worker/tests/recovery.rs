@@ -183,8 +183,14 @@ impl Rig {
             store: StoreConfig::Raw { path, direct: false, engine: Engine::Auto },
             ..memory_disk("a", BYTES as u64, chain.collect())
         };
-        let config =
-            WorkerConfig { disks: vec![disk], stats: None, drain_ms, recovery, log: log.sink() };
+        let config = WorkerConfig {
+            disks: vec![disk],
+            stats: None,
+            drain_ms,
+            recovery,
+            write_down: None,
+            log: log.sink(),
+        };
         Worker::start(config).unwrap_or_else(|error| panic!("{error}"))
     }
 
@@ -492,6 +498,7 @@ fn a_filter_that_fails_again_and_again_is_quarantined_with_one_alarm_and_comes_b
         stats: Some(stats.clone()),
         drain_ms: 100,
         recovery,
+        write_down: None,
         log: log.sink(),
     };
     let worker = Worker::start(config).unwrap();

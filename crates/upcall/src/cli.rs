@@ -197,6 +197,8 @@ pub struct ServeArgs {
     /// A filter on a disk: disk=NAME, file=PATH, and any of the words below
     ///
     /// disk=NAME: which disk. file=PATH: the filter's shared object.
+    /// name=NAME: what it is called on this disk, in commands and for its state (default: its
+    /// own name, and a number: xor-0).
     /// order=0: its place among filters of its class; smaller is nearer to the guest.
     /// placement=isolated|inline: in a process of its own (default), or, for a filter that is
     /// trusted as this program is, in the worker.

@@ -87,6 +87,10 @@ impl Engine {
         // A hold has an entry of its own kind, and a context.
         let verdict = if verdict == Verdict::Hold { Verdict::Nonsense } else { verdict };
         let number = delivery.request;
+        if self.ends_trial(link, number, verdict) {
+            self.give_up(link, "it failed a request while it was on trial", false);
+            return None;
+        }
         let failed = matches!(verdict, Verdict::Fail(_) | Verdict::Nonsense);
         let visit = self.leave(number, failed)?;
         let flight = self.flights.get_mut(number)?;
@@ -95,6 +99,18 @@ impl Engine {
             flight.void.remove(visit.slot);
         }
         self.judge(link, number, visit.slot, verdict)
+    }
+
+    /// Whether a filter on trial says what would show the guest an error.
+    fn ends_trial(&self, link: usize, number: u32, verdict: Verdict) -> bool {
+        let Some(flight) = self.flights.get(number) else { return false };
+        let Some(visit) = flight.visit else { return false };
+        let chain = &self.parts.lanes[flight.lane].chain;
+        self.slot(visit.slot).is_on_trial
+            && self.parts.links[link].is_up()
+            && !flight.flight.is_cancelled()
+            && (matches!(verdict, Verdict::Fail(_))
+                || flight.flight.violation_of(chain, visit.slot, verdict).is_some())
     }
 
     /// Tells a flight what its filter said.

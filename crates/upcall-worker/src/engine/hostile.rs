@@ -176,6 +176,7 @@ impl World {
             keeps_images: true,
             gaps: None,
             detached: false,
+            is_on_trial: false,
             stats: page.block(1 + index, 0),
         };
         let (commands, receiver) = channel();

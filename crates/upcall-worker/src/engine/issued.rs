@@ -29,7 +29,7 @@ impl Engine {
         }
         if !self.parts.links[link].issue_begins(instance) {
             self.violation(link, "it issued more requests at once than it may");
-            self.report(link, instance, issue.id, Err(Errno::from_raw(11)));
+            self.report_issued(link, instance, issue.id, Err(Errno::from_raw(11)));
             return;
         }
         let life = self.parts.links[link].life;
@@ -91,11 +91,11 @@ impl Engine {
     ) {
         if self.parts.links[link].life == life || is_planted("report-to-the-next") {
             self.parts.links[link].issue_ends(instance);
-            self.report(link, instance, id, status);
+            self.report_issued(link, instance, id, status);
         }
     }
 
-    fn report(&mut self, link: usize, instance: u32, id: u64, status: Status) {
+    fn report_issued(&mut self, link: usize, instance: u32, id: u64, status: Status) {
         if !self.parts.links[link].is_up() {
             return;
         }

@@ -37,6 +37,10 @@ impl Engine {
     pub(super) fn lose(&mut self, host: HostId, life: Life, is_for_good: bool) {
         let mut links = self.parts.links.iter();
         let Some(link) = links.position(|link| link.host == host && link.life == life) else {
+            // Its slots have left the chain, and nothing of it is here.
+            if !is_for_good {
+                (self.parts.tell)(HostNews::Quiet { host, life });
+            }
             return;
         };
         if self.parts.links[link].is_dead() {
@@ -46,7 +50,7 @@ impl Engine {
         self.parts.links[link].end_drain(is_for_good);
         self.abandoned.retain(|_, late| late.link != link);
         for slot in self.parts.slots.iter_mut().filter(|slot| slot.link == link) {
-            slot.detached |= slot.on_failure == OnFailure::Detach;
+            slot.detached |= slot.on_failure == OnFailure::Detach && !slot.is_on_trial;
         }
         self.forget_contexts(link);
         for number in self.visitors(link) {
@@ -81,7 +85,7 @@ impl Engine {
     }
 
     /// The requests that are at the slots of a link, in the order in which they came there.
-    fn visitors(&self, link: usize) -> Vec<u32> {
+    pub(super) fn visitors(&self, link: usize) -> Vec<u32> {
         let mut visitors: Vec<(u64, u32)> = self
             .flights
             .iter()
@@ -109,6 +113,7 @@ impl Engine {
         }
         (visit.with, visit.held_cookie) = (false, None);
         let policy = match slot.on_failure {
+            _ if slot.is_on_trial => OnFailure::Hold,
             _ if slot.detached => OnFailure::Detach,
             _ if link.is_gone_for_good() => OnFailure::Fail,
             policy => policy,
@@ -156,15 +161,7 @@ impl Engine {
             return;
         };
         self.parts.links[link].revive(life, way);
-        for number in self.visitors(link) {
-            let Some(flight) = self.flights.get_mut(number) else { continue };
-            let Some(visit) = flight.visit.filter(|visit| !visit.with) else { continue };
-            let action = flight.flight.handle_restart(visit.slot).action;
-            if !flight.flight.is_waiting_on(visit.slot) {
-                self.leave(number, true);
-            }
-            self.carry_out(number, action);
-        }
+        self.go_on_with(link);
     }
 
     /// Whether a request was issued by a filter whose host has died since.

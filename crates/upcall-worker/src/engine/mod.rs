@@ -26,6 +26,7 @@ mod message;
 pub mod sim;
 mod slab;
 mod stop;
+mod stun;
 #[cfg(test)]
 mod tests;
 mod whole;
@@ -46,6 +47,7 @@ use upcall_stats::Block;
 pub(crate) use clock::Clock;
 pub(crate) use gaps::MarkGaps;
 pub(crate) use link::{Life, Link, Way};
+pub(crate) use stun::{MakeUp, MayStay, NextSlot, ReportReply, Whereabouts, deadline_ns};
 
 use crate::config::{LogLevel, LogSink};
 use crate::hosts::{HostId, TellHosts};
@@ -53,6 +55,7 @@ use images::Images;
 use inflight::{InFlight, Waiting, Whole};
 use slab::Slab;
 use stop::{Abandoned, Patience, Stop};
+use stun::Stun;
 
 /// Requests taken from the frontend in one turn of the loop.
 const BATCH: usize = 64;
@@ -75,6 +78,17 @@ pub(crate) enum Command {
     HostLost { host: HostId, life: Life, is_for_good: bool },
     /// Another life of a filter host serves.
     HostBack { host: HostId, life: Life, way: Box<Way> },
+    /// Take nothing more from the frontend, and say when nothing is in flight, but what may
+    /// stay. From then on nothing happens until [`Command::Unstun`].
+    Stun { may_stay: MayStay, reply: SyncSender<()> },
+    /// Take on another make-up of the chain, and say so. Only for a thread that is still.
+    Swap { make_up: Box<MakeUp>, reply: SyncSender<()> },
+    /// Go on, or take the stun back if it is not complete.
+    Unstun,
+    /// An instance is on trial no longer.
+    EndTrial { instance: u32 },
+    /// Say what is in flight.
+    Report { reply: ReportReply },
     /// Let whatever is in flight end; what filters still hold after `drain_ms` is cancelled.
     WindDown { drain_ms: u64 },
     /// Begin nothing more, and end the thread once nothing is in flight.
@@ -108,6 +122,9 @@ pub(crate) struct Slot {
     pub(crate) gaps: Option<Box<dyn MarkGaps>>,
     /// Its filter has left the chain.
     pub(crate) detached: bool,
+    /// Its filter is new: what it fails is not failed, but ends the trial, and waits for who
+    /// takes its place.
+    pub(crate) is_on_trial: bool,
     pub(crate) stats: Block,
 }
 
@@ -140,6 +157,7 @@ pub(crate) struct Engine {
     parts: Parts,
     frontend: Option<Box<dyn RequestQueue>>,
     stop: Option<Stop>,
+    stun: Option<Stun>,
     ending: Option<Patience>,
     quit: bool,
     /// The frontend's queue can serve no more, and that was said.
@@ -173,6 +191,7 @@ impl Engine {
             parts,
             frontend: None,
             stop: None,
+            stun: None,
             ending: None,
             quit: false,
             broken: false,
@@ -197,7 +216,7 @@ impl Engine {
     pub(crate) fn run(mut self) {
         loop {
             let busy = self.turn();
-            if self.quit && self.flights.len() == 0 {
+            if self.quit && self.flights.len() == 0 && !self.is_still() {
                 return;
             }
             self.seen_ns = self.now_ns();
@@ -215,6 +234,9 @@ impl Engine {
     /// Looks everywhere for work once, and does it; says whether there was some.
     fn turn(&mut self) -> bool {
         let mut busy = self.obey();
+        if self.is_still() {
+            return busy;
+        }
         busy |= self.take_requests();
         busy |= self.reap_links();
         busy |= self.reap_stores();
@@ -222,7 +244,8 @@ impl Engine {
         busy |= self.check_deadlines();
         busy |= self.check_quiet();
         busy |= self.publish();
-        busy | self.check_stop()
+        busy |= self.check_stop();
+        busy | self.check_stun()
     }
 
     /// Nanoseconds of the clock that everything here is measured with.
@@ -246,20 +269,14 @@ impl Engine {
         let mut busy = false;
         loop {
             match self.parts.commands.try_recv() {
-                Ok(Command::Start(queue)) => {
-                    debug_assert!(self.frontend.is_none());
-                    self.frontend = Some(queue);
-                    self.broken = false;
+                Ok(command) => {
+                    if let Some(command) = self.put_off(command) {
+                        self.obey_one(command);
+                    }
                 }
-                Ok(Command::Stop { drain_ms, reply }) => self.begin_stop(drain_ms, reply),
-                Ok(Command::HostLost { host, life, is_for_good }) => {
-                    self.lose(host, life, is_for_good);
-                }
-                Ok(Command::HostBack { host, life, way }) => self.revive(host, life, *way),
-                Ok(Command::WindDown { drain_ms }) => self.wind_down(drain_ms),
-                Ok(Command::Quit) => self.begin_quit(),
                 Err(TryRecvError::Empty) => return busy,
                 Err(TryRecvError::Disconnected) => {
+                    self.end_stun();
                     self.begin_quit();
                     return busy;
                 }
@@ -268,9 +285,32 @@ impl Engine {
         }
     }
 
+    fn obey_one(&mut self, command: Command) {
+        match command {
+            Command::Start(queue) => {
+                debug_assert!(self.frontend.is_none());
+                self.frontend = Some(queue);
+                self.broken = false;
+            }
+            Command::Stop { drain_ms, reply } => self.begin_stop(drain_ms, reply),
+            Command::HostLost { host, life, is_for_good } => self.lose(host, life, is_for_good),
+            Command::HostBack { host, life, way } => self.revive(host, life, *way),
+            Command::Stun { may_stay, reply } => self.begin_stun(may_stay, reply),
+            Command::Swap { make_up, reply } => {
+                self.swap(*make_up);
+                let _ = reply.send(());
+            }
+            Command::Unstun => self.end_stun(),
+            Command::EndTrial { instance } => self.end_trial(instance),
+            Command::Report { reply } => drop(reply.send(self.report())),
+            Command::WindDown { drain_ms } => self.wind_down(drain_ms),
+            Command::Quit => self.begin_quit(),
+        }
+    }
+
     /// Whether requests are taken from the frontend.
     fn listens(&self) -> bool {
-        let ending = self.stop.is_some() || self.quit;
+        let ending = self.stop.is_some() || self.quit || self.stun.is_some();
         // What waits for room would only wait behind itself: leave the rest in the ring.
         !ending && !self.broken && self.waiting[0].requests.is_empty()
     }
@@ -367,6 +407,11 @@ impl Engine {
 
     /// Sleeps until somebody has work for this thread, or a stop is overdue.
     fn sleep(&mut self) {
+        if self.is_still() {
+            let _ = poll(&mut [PollFd::new(&self.parts.wake, PollFlags::IN)], None);
+            self.parts.wake.clear();
+            return;
+        }
         let mut ready = true;
         for link in &mut self.parts.links {
             ready &= !link.is_heard() || link.way.channel.completions.before_sleep();

@@ -409,6 +409,7 @@ impl World {
                 keeps_images: making.on_failure[index] == OnFailure::Hold,
                 gaps: making.gaps[index].take(),
                 detached: false,
+                is_on_trial: false,
                 stats: page.block(1 + index, 0),
             });
         }

@@ -28,6 +28,11 @@ pub(super) fn plan_chain(
     let disk = &config.name;
     let mut slots = Vec::new();
     let mut specs = Vec::new();
+    for name in config.chain.iter().filter_map(|slot| slot.name.as_ref()) {
+        if !is_slot_name(name) || !state.take_name(name) {
+            return Err(StartError::SlotName { disk: disk.clone(), name: name.clone() });
+        }
+    }
     for slot in &config.chain {
         let host = host_of(disk, &slot.filter, slot.placement, hosts, log)?;
         let recipe = &mut hosts[host].recipe;
@@ -59,7 +64,10 @@ pub(super) fn plan_chain(
         })?;
         let deadline_ms = slot.deadline_ms.unwrap_or(default_deadline_ms(spec.class));
         specs.push(spec);
-        let state_name = state.name_next(&description.name);
+        let state_name = match &slot.name {
+            Some(name) => name.clone(),
+            None => state.name_next(&description.name),
+        };
         let sidecar = match description.wants_sidecar() {
             true => Some(state.sidecar(config, &description.name, &state_name, log)?),
             false => None,
@@ -75,6 +83,8 @@ pub(super) fn plan_chain(
             state_name,
             sidecar,
             gaps: None,
+            arena: 0,
+            config: slot.clone(),
         }));
     }
     let read_only =
@@ -95,6 +105,12 @@ pub(super) fn plan_chain(
     let ordered =
         chain.slots().filter_map(|(index, _)| slots[chain.source_index(index)].take()).collect();
     Ok((Arc::new(chain), ordered))
+}
+
+/// Whether a slot can be called so: its files are, too.
+pub(crate) fn is_slot_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    (1..=40).contains(&name.len()) && name.chars().all(plain)
 }
 
 /// The disk that a name grants.
@@ -133,7 +149,7 @@ fn host_of(
     Ok(hosts.len() - 1)
 }
 
-fn filter_log(log: &LogSink) -> upcall_filterhost::LogSink {
+pub(crate) fn filter_log(log: &LogSink) -> upcall_filterhost::LogSink {
     let log = log.clone();
     Arc::new(move |line: upcall_filterhost::LogLine| {
         let level = match line.level {
@@ -147,7 +163,7 @@ fn filter_log(log: &LogSink) -> upcall_filterhost::LogSink {
 }
 
 /// What the chain has to know of a filter. The description was checked when it came.
-fn spec_of(description: &Description, order: i32) -> SlotSpec {
+pub(crate) fn spec_of(description: &Description, order: i32) -> SlotSpec {
     let set = |mask| OpSet::from_mask(mask).unwrap_or(OpSet::NONE);
     SlotSpec {
         class: Class::from_number(description.class).unwrap_or(Class::Inspection),

@@ -1,7 +1,8 @@
 //! Arenas and channels: what queue threads and filter hosts share.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
@@ -10,9 +11,9 @@ use upcall_chain::{Chain, DataAccess, Entry, OnFailure, Route};
 use upcall_ring::{Access, Arena, Doorbell, Mapping, memfd, read_only_view};
 use upcall_stats::Page;
 
-use super::{Starting, StartingDisk, system};
+use super::{SPARE_HOPS, Starting, StartingDisk, StartingSlot, system};
 use crate::config::{LogSink, Placement};
-use crate::engine::{Clock, Parts, Slot};
+use crate::engine::{Clock, Parts, Slot, deadline_ns};
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, HostId, SupervisorOrders};
 use crate::recipe::{GivenArena, GivenChannel};
@@ -22,17 +23,41 @@ use crate::recipe::{GivenArena, GivenChannel};
 const ARENA_GUEST: usize = 12 << 20;
 const ARENA_ISSUED: usize = 8 << 20;
 
+/// Filters that may yet be attached and issue requests of their own, for which there is room.
+/// It costs addresses, and memory only where it is used.
+const ARENA_SPARE: usize = 2;
+/// With more queues than this a 32-bit filter would run out of addresses.
+const SPARE_QUEUES_MAX: u16 = 8;
+
 /// The memory of a disk's arenas: for each queue, that for requests of the frontend, then
 /// those for requests that filters issue.
-pub(super) struct ArenaMemory {
+pub(crate) struct ArenaMemory {
+    fd: OwnedFd,
+    /// Cannot be mapped for writing.
+    view: OwnedFd,
+    size: usize,
     mapping: Arc<Mapping>,
-    /// By slot: which of the latter is its filter's, if it needs one; from 1.
-    issuers: Vec<Option<usize>>,
+    /// By section for issued requests: whether some instance has it.
+    taken: Vec<bool>,
     queue_bytes: usize,
 }
 
 impl ArenaMemory {
-    fn of_queue(&self, queue: u16) -> io::Result<Vec<Arena>> {
+    /// For a disk with so many queue threads and `issuing` filters that issue requests.
+    pub(crate) fn new(threads: u16, issuing: usize) -> io::Result<ArenaMemory> {
+        let spare = if threads <= SPARE_QUEUES_MAX { ARENA_SPARE } else { 0 };
+        let sections = issuing + spare;
+        let queue_bytes = ARENA_GUEST + ARENA_ISSUED * sections;
+        let size = queue_bytes * usize::from(threads);
+        let fd = memfd("upcall-arena", size)?;
+        let view = read_only_view(&fd)?;
+        let mapping = Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite)?);
+        let taken = vec![false; sections];
+        Ok(ArenaMemory { fd, view, size, mapping, taken, queue_bytes })
+    }
+
+    /// The arenas of a queue thread.
+    pub(crate) fn of_queue(&self, queue: u16) -> io::Result<Vec<Arena>> {
         let start = self.queue_bytes * usize::from(queue);
         let issued = (start + ARENA_GUEST..start + self.queue_bytes).step_by(ARENA_ISSUED);
         std::iter::once((start, ARENA_GUEST))
@@ -40,66 +65,83 @@ impl ArenaMemory {
             .map(|(at, size)| Arena::new(self.mapping.clone(), at, size))
             .collect()
     }
+
+    /// Takes a section for requests that one instance issues: which of a queue's arenas it is.
+    pub(crate) fn take_section(&mut self) -> Option<usize> {
+        let section = self.taken.iter().position(|taken| !taken)?;
+        self.taken[section] = true;
+        Some(section + 1)
+    }
+
+    /// Which sections are taken, to be [put back](Self::set_sections) if nothing comes of it.
+    pub(crate) fn sections(&self) -> Vec<bool> {
+        self.taken.clone()
+    }
+
+    /// See [`sections`](Self::sections).
+    pub(crate) fn set_sections(&mut self, taken: Vec<bool>) {
+        self.taken = taken;
+    }
+
+    /// Its instance has closed.
+    pub(crate) fn give_back_section(&mut self, arena: usize) {
+        if let Some(taken) = arena.checked_sub(1).and_then(|section| self.taken.get_mut(section)) {
+            *taken = false;
+        }
+    }
+
+    /// For a filter host whose filter does no more than `access`: for writing only if it may
+    /// change data, and not at all if it sees none.
+    pub(crate) fn give(
+        &self,
+        access: DataAccess,
+        number: u32,
+        disk: &Arc<str>,
+    ) -> io::Result<Option<GivenArena>> {
+        let (fd, writable) = match access {
+            DataAccess::Change => (&self.fd, true),
+            DataAccess::Observe => (&self.view, false),
+            DataAccess::None => return Ok(None),
+        };
+        let (fd, size, disk) = (fd.try_clone()?, self.size as u64, disk.clone());
+        Ok(Some(GivenArena { number, disk, fd, size, writable }))
+    }
 }
 
 /// Whether requests that enter a chain there may need an arena: some filter looks at their
 /// data, or zeroes have to be written for one that decides data.
-fn needs_arena(chain: &Chain, entry: Entry) -> bool {
+pub(crate) fn needs_arena(chain: &Chain, entry: Entry) -> bool {
     let needs = |op| chain.needs_arena(op, entry) || chain.route(op, entry) == Route::AsWrites;
     Op::ALL.into_iter().any(needs)
 }
 
-/// Makes the arenas of a disk whose filters want data, and gives them to their hosts: for
-/// writing only to those that may change data there, and not at all to those that see none.
+/// Makes the arenas of a disk whose filters want data, and gives them to their hosts.
 pub(super) fn give_arena(
     disk: &mut StartingDisk,
     number: u32,
     hosts: &mut [Starting],
 ) -> Result<(), StartError> {
-    let accesses: Vec<(usize, DataAccess)> = disk
-        .chain
-        .slots()
-        .map(|(index, spec)| (disk.slots[index.index()].host, spec.arena_access()))
-        .collect();
     if !needs_arena(&disk.chain, Entry::Top) {
         return Ok(());
     }
-    let mut issuing = 0;
-    let issuers = disk.chain.slots().map(|(index, _)| {
-        let issues = hosts[disk.slots[index.index()].host].recipe.description.issues();
-        (issues && needs_arena(&disk.chain, Entry::Below(index))).then(|| {
-            issuing += 1;
-            issuing
-        })
-    });
-    let issuers: Vec<Option<usize>> = issuers.collect();
-    let queue_bytes = ARENA_GUEST + ARENA_ISSUED * issuing;
-    let size = queue_bytes * usize::from(disk.config.threads());
-    let failed = |source| system(&disk.name, "make an arena", source);
-    let fd = memfd("upcall-arena", size).map_err(failed)?;
-    let view = read_only_view(&fd).map_err(failed)?;
-    let mut given = HashSet::new();
-    for (host, _) in &accesses {
-        if !given.insert(*host) {
-            continue;
-        }
-        let most =
-            accesses.iter().filter(|(other, _)| other == host).map(|(_, access)| *access).max();
-        let (fd, writable) = match most {
-            Some(DataAccess::Change) => (&fd, true),
-            Some(DataAccess::Observe) => (&view, false),
-            _ => continue,
-        };
-        hosts[*host].recipe.arenas.push(GivenArena {
-            number,
-            disk: disk.name.clone(),
-            fd: fd.try_clone().map_err(failed)?,
-            size: size as u64,
-            writable,
-        });
+    let issues = |slot: &StartingSlot| hosts[slot.host].recipe.description.issues();
+    let issuing = disk.slots.iter().filter(|slot| issues(slot)).count();
+    let name = disk.name.clone();
+    let failed = |source| system(&name, "make an arena", source);
+    let mut memory = ArenaMemory::new(disk.config.threads(), issuing).map_err(failed)?;
+    for slot in disk.slots.iter_mut().filter(|slot| issues(slot)) {
+        slot.arena = memory.take_section().unwrap_or(0);
     }
-    let mapping = Arc::new(Mapping::new(&fd, 0, size, Access::ReadWrite).map_err(failed)?);
-    disk.arena = Some(ArenaMemory { mapping, issuers, queue_bytes });
+    let mut most: HashMap<usize, DataAccess> = HashMap::new();
+    for ((_, spec), slot) in disk.chain.slots().zip(&disk.slots) {
+        let access = most.entry(slot.host).or_insert(DataAccess::None);
+        *access = spec.arena_access().max(*access);
+    }
+    for (host, access) in most {
+        let given = memory.give(access, number, &name).map_err(failed)?;
+        hosts[host].recipe.arenas.extend(given);
+    }
+    disk.arena = Some(memory);
     Ok(())
 }
 
@@ -159,19 +201,16 @@ pub(super) fn connect_engines(
                 issues: recipe.description.issues(),
                 grants: slot.grants.iter().map(|granted| lane_of(disk, *granted)).collect(),
                 // One that needs none never asks.
-                arena: disk.arena.as_ref().and_then(|arena| arena.issuers[place]).unwrap_or(0),
+                arena: slot.arena,
                 on_failure: slot.on_failure,
-                deadline_ns: match slot.deadline_ms {
-                    0 => u64::MAX,
-                    _ if is_inline => u64::MAX,
-                    ms => ms.saturating_mul(1_000_000),
-                },
+                deadline_ns: deadline_ns(slot.deadline_ms, is_inline),
                 keeps_images: changes && !is_inline && slot.on_failure == OnFailure::Hold,
                 gaps: match &slot.gaps {
                     Some(gaps) => Some(Box::new(gaps.marker().map_err(failed)?)),
                     None => None,
                 },
                 detached: false,
+                is_on_trial: false,
                 stats: page.block(disk.first_hop + 1 + place, queue),
             });
         }
@@ -189,7 +228,7 @@ pub(super) fn connect_engines(
             links: Vec::new(),
             arenas,
             request_stats: page.block(disk.first_hop, queue),
-            store_stats: page.block(disk.first_hop + 1 + disk.slots.len(), queue),
+            store_stats: page.block(disk.first_hop + 1 + disk.slots.len() + SPARE_HOPS, queue),
             log: log.clone(),
             tell: orders.tell(),
         };

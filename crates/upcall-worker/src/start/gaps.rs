@@ -11,20 +11,20 @@ use crate::error::StartError;
 
 /// Files and folders that are made for a worker that may yet not start. Removed then.
 #[derive(Default)]
-pub(super) struct Made {
+pub(crate) struct Made {
     paths: Vec<PathBuf>,
 }
 
 impl Made {
     /// This is to be made, unless it is there.
-    pub(super) fn note(&mut self, path: &Path) {
+    pub(crate) fn note(&mut self, path: &Path) {
         if std::fs::symlink_metadata(path).is_err() {
             self.paths.push(path.to_owned());
         }
     }
 
     /// The worker has started.
-    pub(super) fn keep(mut self) {
+    pub(crate) fn keep(mut self) {
         self.paths.clear();
     }
 }

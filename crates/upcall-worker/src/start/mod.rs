@@ -21,22 +21,29 @@ use upcall_stats::{HopKind, HopSpec, Page};
 use upcall_store::{ImageStore, MemoryStore, NullStore, RawOptions, RawStore};
 use upcall_vhost::{BlkConfig, BlkOptions, Listener};
 
+use crate::chains::{Chains, Core};
 use crate::config::{
-    DiskConfig, FrontendConfig, LogLevel, LogSink, SocketSource, StoreConfig, StoreFailures,
-    WorkerConfig,
+    DiskConfig, FrontendConfig, LogLevel, LogSink, SlotConfig, SocketSource, StoreConfig,
+    StoreFailures, WorkerConfig,
 };
 use crate::error::StartError;
 use crate::hosts::{EngineHandle, Supervisor, SupervisorOrders};
 use crate::recipe::Recipe;
 use crate::worker::{RunningEngine, Worker};
 use chain::plan_chain;
-use connect::{ArenaMemory, connect_engines, give_arena};
-use gaps::{Made, open_gaps};
+pub(crate) use chain::{filter_log, is_slot_name, spec_of};
+pub(crate) use connect::{ArenaMemory, needs_arena};
+use connect::{connect_engines, give_arena};
+pub(crate) use gaps::Made;
+use gaps::open_gaps;
 use open::{plan_instances, serve, set_up_hosts, start_engines};
 pub(crate) use state::StateFolder;
 
 /// Most queues of a disk.
 const QUEUES_MAX: u16 = 64;
+
+/// Filters of a disk more than there are at the start, of which the page of counters can tell.
+pub(crate) const SPARE_HOPS: usize = 8;
 
 /// A filter host while the worker is being put together.
 struct Starting {
@@ -61,6 +68,10 @@ struct StartingSlot {
     sidecar: Option<Arc<OwnedFd>>,
     /// Where what it misses is recorded.
     gaps: Option<Gaps>,
+    /// Which arena is for the requests that it issues, if it needs one.
+    arena: usize,
+    /// As it was asked for.
+    config: SlotConfig,
 }
 
 /// A disk while the worker is being put together.
@@ -74,13 +85,13 @@ struct StartingDisk {
     slots: Vec<StartingSlot>,
     arena: Option<ArenaMemory>,
     /// Index of its first hop in the page of counters: the request, then the slots, then
-    /// the store.
+    /// [room](SPARE_HOPS) for more of them, then the store.
     first_hop: usize,
 }
 
 /// See [`Worker::start`].
 pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Worker, StartError> {
-    let WorkerConfig { mut disks, stats, drain_ms, recovery, log } = config;
+    let WorkerConfig { mut disks, stats, drain_ms, recovery, log, write_down } = config;
     check_names(&disks)?;
     let stores =
         disks.iter().map(|disk| open_store(disk, &log, failures)).collect::<Result<Vec<_>, _>>()?;
@@ -105,7 +116,7 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
             }
             _ => None,
         };
-        let hops = 2 + slots.len();
+        let hops = 2 + slots.len() + SPARE_HOPS;
         let name = config.name.as_str().into();
         starting.push(StartingDisk {
             name,
@@ -133,13 +144,8 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         engines.push(own);
     }
     plan_instances(&starting, &mut hosts);
-    let instances = hosts
-        .iter()
-        .map(|host| host.recipe.instances.iter().map(|given| given.instance).collect())
-        .collect();
-    let filter_names: Vec<String> =
-        hosts.iter().map(|host| host.recipe.description.name.clone()).collect();
     let watched = set_up_hosts(hosts, &mut engines)?;
+    let recipes: Vec<Arc<Recipe>> = watched.iter().map(|host| host.recipe.clone()).collect();
     let mut served = Vec::new();
     for (index, engines) in engines.into_iter().enumerate() {
         served.push(start_engines(&starting, index, engines)?);
@@ -148,13 +154,30 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         served.iter().flatten().map(|engine: &RunningEngine| engine.handle.clone()).collect();
     let supervisor = Supervisor::start(watched, all, recovery, page.clone(), log.clone(), orders)
         .map_err(|source| system("", "start a thread", source))?;
-    let mut disks = Vec::new();
-    for (disk, engines) in starting.into_iter().zip(served) {
-        disks.push(serve(disk, engines, &filter_names, drain_ms, &log)?);
+    let (mut disks, mut chains) = (Vec::new(), Vec::new());
+    let mut first_engine = 0;
+    for ((number, disk), (engines, state)) in
+        starting.into_iter().enumerate().zip(served.into_iter().zip(states))
+    {
+        let count = engines.len();
+        let (served, mut chain) = serve(disk, number, engines, state, &recipes, drain_ms, &log)?;
+        chain.first_engine = first_engine;
+        first_engine += count;
+        disks.push(served);
+        chains.push(chain);
     }
     let nbd = nbd::serve(nbd_servers, nbd_exports, &mut disks, &log)?;
     made.keep();
-    Ok(Worker { disks, nbd, supervisor, instances, drain_ms, log, _states: states, _page: page })
+    let chains = Chains::new(Core {
+        disks: chains,
+        keeper: supervisor.keeper(),
+        next_host: recipes.len(),
+        page,
+        log: log.clone(),
+        write_down,
+        has_ended: false,
+    });
+    Ok(Worker { disks, nbd, supervisor, drain_ms, log, chains })
 }
 
 fn device(
@@ -188,6 +211,7 @@ fn make_page(
                 .iter()
                 .map(|slot| hop(hosts[slot.host].recipe.description.name.clone(), HopKind::Filter)),
         );
+        specs.extend((0..SPARE_HOPS).map(|_| hop(String::new(), HopKind::Vacant)));
         specs.push(hop("store".into(), HopKind::Store));
     }
     Page::create(path.as_deref(), &specs)

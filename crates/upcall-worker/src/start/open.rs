@@ -4,15 +4,17 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
 use upcall_abi::control::Disk as WireDisk;
+use upcall_block::DiskInfo;
 
 use super::connect::{StartingEngine, granted};
-use super::{Starting, StartingDisk, system};
-use crate::config::LogSink;
+use super::{SPARE_HOPS, Starting, StartingDisk, StateFolder, system};
+use crate::chains::{ChainSlot, DiskChain};
+use crate::config::{DiskConfig, LogSink, SlotConfig};
 use crate::engine::{Engine, Lane, Link};
 use crate::error::StartError;
 use crate::frontend::Frontend;
-use crate::hosts::{EngineHandle, Watched};
-use crate::recipe::GivenInstance;
+use crate::hosts::{EngineHandle, HostId, Watched};
+use crate::recipe::{GivenInstance, Recipe};
 use crate::worker::{RunningEngine, ServedDisk};
 
 /// Writes down which instances each filter host is to open.
@@ -117,36 +119,85 @@ pub(super) fn start_engines(
     Ok(engines)
 }
 
+/// Starts a disk's frontend; and what there is to know of it for chain changes, but for its
+/// first queue thread's number among all.
 pub(super) fn serve(
     disk: StartingDisk,
+    number: usize,
     engines: Vec<RunningEngine>,
-    filter_names: &[String],
+    state: StateFolder,
+    recipes: &[Arc<Recipe>],
     drain_ms: u64,
     log: &LogSink,
-) -> Result<ServedDisk, StartError> {
+) -> Result<(ServedDisk, DiskChain), StartError> {
     let info = disk.chain.info().clone();
     let queues = usize::from(disk.config.queues);
-    let handles: Vec<EngineHandle> =
-        engines[..queues].iter().map(|engine| engine.handle.clone()).collect();
+    let handles: Vec<EngineHandle> = engines.iter().map(|engine| engine.handle.clone()).collect();
+    let mut device = None;
     let frontend = match disk.frontend {
-        Some((listener, device)) => {
+        Some((listener, config)) => {
             let name = disk.name.clone();
-            let started =
-                Frontend::start(name, listener, Arc::new(device), handles, drain_ms, log.clone());
+            let config = Arc::new(config);
+            device = Some(config.clone());
+            let handles = handles[..queues].to_vec();
+            let started = Frontend::start(name, listener, config, handles, drain_ms, log.clone());
             Some(started.map_err(|source| system(&disk.name, "start its frontend", source))?)
         }
         None => None,
     };
-    Ok(ServedDisk {
-        queues: if disk.config.queues > 0 { disk.config.queues } else { engines.len() as u16 },
+    let store = disk.store.info();
+    let read_only = store.read_only || disk.config.read_only;
+    let specs: Vec<_> = disk.chain.slots().map(|(_, spec)| spec.clone()).collect();
+    let slots: Vec<ChainSlot> = disk
+        .slots
+        .into_iter()
+        .zip(specs)
+        .enumerate()
+        .map(|(place, (slot, spec))| ChainSlot {
+            host: HostId(slot.host),
+            recipe: recipes[slot.host].clone(),
+            instance: slot.instance,
+            config: SlotConfig { name: Some(slot.state_name.clone()), ..slot.config },
+            name: slot.state_name,
+            spec,
+            on_failure: slot.on_failure,
+            deadline_ms: slot.deadline_ms,
+            hop: disk.first_hop + 1 + place,
+            arena: slot.arena,
+            sidecar: slot.sidecar,
+            gaps: slot.gaps.map(Arc::new),
+        })
+        .collect();
+    let first_free = disk.first_hop + 1 + slots.len();
+    let tells_extents =
+        disk.config.nbd.is_some() && slots.iter().all(|slot| !slot.spec.decides_data());
+    let chain = DiskChain {
+        name: disk.name.clone(),
+        number: number as u32,
+        store: DiskInfo { read_only, ..store.clone() },
+        told: info.clone(),
+        device,
+        engines: handles,
+        first_engine: 0,
+        chain: disk.chain,
+        free_hops: (first_free..first_free + SPARE_HOPS).collect(),
+        first_hop: disk.first_hop,
+        store_hop: first_free + SPARE_HOPS,
+        slots,
+        arena: disk.arena,
+        state,
+        tells_extents,
+        config: DiskConfig { nbd: None, ..disk.config },
+    };
+    let served = ServedDisk {
+        queues: if queues > 0 { queues as u16 } else { engines.len() as u16 },
         summary: disk.store.describe(),
-        chain: disk.slots.iter().map(|slot| filter_names[slot.host].clone()).collect(),
-        _gaps: disk.slots.into_iter().filter_map(|slot| slot.gaps).collect(),
         name: disk.name,
         store: disk.store,
         info,
         engines,
         frontend,
         nbd: None,
-    })
+    };
+    Ok((served, chain))
 }

@@ -1,6 +1,6 @@
 //! Where the filters of a disk keep their state: see `upcall-state`.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,8 @@ use crate::error::StartError;
 #[derive(Default)]
 pub(crate) struct StateFolder {
     folder: Option<Folder>,
-    /// How often each filter was named for this disk so far.
-    named: HashMap<String, usize>,
+    /// What the disk's filters are called so far.
+    named: HashSet<String>,
 }
 
 /// What a disk's state is kept in.
@@ -30,16 +30,21 @@ enum Kept {
 }
 
 impl StateFolder {
-    /// The name of the next instance's files. To be called once for each of the disk's
-    /// filters, in the order in which the configuration names them.
+    /// Takes a name that was given to an instance; false if another one has it.
+    pub(super) fn take_name(&mut self, name: &str) -> bool {
+        self.named.insert(name.to_owned())
+    }
+
+    /// The name of the next instance of a filter, and of its files. To be called once for each
+    /// of the disk's filters that was given no name, in the order in which the configuration
+    /// names them, and after the names that were given are taken.
     pub(super) fn name_next(&mut self, filter: &str) -> String {
-        let number = self.named.entry(filter.to_owned()).or_default();
-        *number += 1;
-        name_of(filter, *number - 1)
+        let mut names = (0..).map(|number| name_of(filter, number));
+        names.find(|name| self.take_name(name)).unwrap_or_default()
     }
 
     /// The sidecar of an instance.
-    pub(super) fn sidecar(
+    pub(crate) fn sidecar(
         &mut self,
         disk: &DiskConfig,
         filter: &str,
@@ -73,7 +78,7 @@ impl StateFolder {
 
     /// The file in which is recorded what an instance misses, and whether it was damaged; None
     /// where the disk is as short-lived as the record would be.
-    pub(super) fn gaps(
+    pub(crate) fn gaps(
         &mut self,
         disk: &DiskConfig,
         name: &str,

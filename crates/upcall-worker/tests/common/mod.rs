@@ -55,6 +55,7 @@ pub fn memory_disk(name: &str, bytes: u64, chain: Vec<SlotConfig>) -> DiskConfig
 
 pub fn slot(filter: &std::path::Path) -> SlotConfig {
     SlotConfig {
+        name: None,
         filter: filter.to_owned(),
         order: 0,
         placement: Placement::Isolated,
@@ -76,6 +77,7 @@ pub fn try_start(disks: Vec<DiskConfig>, log: &Log) -> Result<Worker, StartError
         stats: None,
         drain_ms: 300,
         recovery: RecoveryPolicy::default(),
+        write_down: None,
         log: log.sink(),
     })
 }

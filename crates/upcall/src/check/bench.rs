@@ -72,6 +72,7 @@ impl Bench {
             stats: Some(stats.clone()),
             drain_ms: DRAIN_MS,
             recovery: RecoveryPolicy::default(),
+            write_down: None,
             log: log.sink(),
         };
         let worker = Worker::start(config).map_err(|error| error.to_string())?;
@@ -148,6 +149,7 @@ fn disks(target: &Target) -> Vec<DiskConfig> {
     let granted: Vec<String> =
         (1..=target.grants).map(|number| format!("granted{number}")).collect();
     let slot = SlotConfig {
+        name: None,
         filter: target.filter.clone(),
         order: 0,
         placement: target.placement,

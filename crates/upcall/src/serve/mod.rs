@@ -112,6 +112,7 @@ fn serve(
         stats: Some(stats.clone()),
         drain_ms: args.drain_ms,
         recovery: RecoveryPolicy::default(),
+        write_down: None,
         log: log.clone(),
     };
     let worker = Worker::start_after(config, &failures).map_err(Failure::new)?;

@@ -170,6 +170,7 @@ fn store_of(spec: &DiskSpec) -> StoreConfig {
 
 fn slot_of(spec: FilterSpec) -> SlotConfig {
     SlotConfig {
+        name: spec.name,
         filter: spec.file,
         order: spec.order.map_or(0, |given| given.0),
         placement: spec.placement.map_or(Placement::Isolated, |given| given.0),

@@ -165,6 +165,7 @@ impl DiskSpec {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct FilterSpec {
     pub file: PathBuf,
+    pub name: Option<String>,
     pub order: Option<Given<i32>>,
     pub placement: Option<Given<Placement>>,
     pub deadline_ms: Option<Given<u32>>,
@@ -426,13 +427,13 @@ mod tests {
     #[test]
     fn every_word_of_a_filter_is_read() {
         let filter = FilterOnDisk::from_words(
-            "disk=root,file=/f.so,order=-3,placement=inline,deadline-ms=250,on-failure=bypass,\
+            "disk=root,file=/f.so,name=x-1,order=-3,placement=inline,deadline-ms=250,on-failure=bypass,\
              grant=a,grant=b,param.x=1,,2,param.y=",
         )
         .unwrap();
         assert_eq!(filter.disk, "root");
         let filter = filter.filter;
-        assert_eq!(filter.order, Some(Given(-3)));
+        assert_eq!((filter.order, filter.name.as_deref()), (Some(Given(-3)), Some("x-1")));
         assert_eq!(filter.placement, Some(Given(Placement::Inline)));
         assert_eq!(filter.deadline_ms, Some(Given(250)));
         assert_eq!(filter.on_failure, Some(Given(OnFailure::Bypass)));

@@ -46,6 +46,7 @@ fn kind_name<S: serde::Serializer>(kind: &HopKind, serializer: S) -> Result<S::O
         HopKind::Request => "request",
         HopKind::Filter => "filter",
         HopKind::Store => "store",
+        HopKind::Vacant => "vacant",
     })
 }
 
@@ -59,7 +60,9 @@ pub fn of(now: &[HopSnapshot], since: Option<(&[HopSnapshot], Duration)>) -> Vec
     now.iter()
         .enumerate()
         .map(|(index, hop)| {
-            let earlier = since.and_then(|(hops, _)| hops.get(index));
+            // After a chain change another hop may be there.
+            let is_same = |then: &&HopSnapshot| then.disk == hop.disk && then.name == hop.name;
+            let earlier = since.and_then(|(hops, _)| hops.get(index)).filter(is_same);
             let block = earlier.map_or(hop.block.clone(), |then| hop.block.since(&then.block));
             let total = block.total();
             if hop.kind == HopKind::Request {
