@@ -128,8 +128,8 @@ pub enum OpenError {
     /// What reads formats is missing.
     #[error(
         "{name}: {format} images need {program}, version 7.2 or newer, which is not installed \
-         (or not in PATH): apt-get install qemu-system-common (Debian, Ubuntu), dnf install \
-         qemu-img (Fedora), pacman -S qemu-storage-daemon (Arch)"
+         (or not in PATH): apt-get install qemu-utils qemu-system-common (Debian, Ubuntu), \
+         dnf install qemu-img (Fedora), pacman -S qemu-img (Arch)"
     )]
     NotInstalled {
         /// The image.

@@ -23,5 +23,8 @@ pub mod testing;
 
 pub use error::OpenError;
 pub use image::{ImageFormat, ImageOptions, ImageSource, ImageStore, Layer, NbdPlace, NbdServer};
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub use image::{rewrite_descriptor, vmdk_content_id};
 pub use memory::{MemoryStore, NullStore};
 pub use raw::{Engine, OnFailure, RawOptions, RawStore};

@@ -49,6 +49,8 @@ use crate::image::extents::Oracle;
 use crate::image::keeper::{DATA_BYTES, Keeper, Link};
 use crate::image::plan::Plan;
 use crate::image::ring::ClientRing;
+#[cfg(feature = "fuzzing")]
+pub use crate::image::vmdk::{content_id as vmdk_content_id, rewrite as rewrite_descriptor};
 use crate::raw::{Inbox, OnFailure, sleep_on};
 
 /// The program that reads formats.

@@ -50,6 +50,9 @@ impl Descriptor {
         if text.contains(|c: char| c.is_control() && !['\n', '\r', '\t'].contains(&c)) {
             return Err("its descriptor has control characters".to_owned());
         }
+        if text.lines().any(|line| line.trim_end().contains('\r')) {
+            return Err("its descriptor has a carriage return inside a line".to_owned());
+        }
         let lines = text.lines().map(line).collect::<Result<Vec<Line>, String>>()?;
         let descriptor = Descriptor { lines };
         match descriptor.extents().count() {
@@ -73,6 +76,9 @@ impl Descriptor {
         for line in &self.lines {
             // Writing to a String does not fail.
             let _ = match line {
+                // QEMU skips the end of an empty line as any white space, and would find what
+                // is in the next line there, and then once more.
+                Line::Plain(line) if line.is_empty() => Ok(()),
                 Line::Plain(line) => writeln!(text, "{line}"),
                 Line::Extent { before, after, .. } => {
                     let name = names.next().expect("a name for each extent");
@@ -85,7 +91,7 @@ impl Descriptor {
 }
 
 /// The content id in a text, and where its eight digits are. It changes when the disk does.
-pub(crate) fn content_id(bytes: &[u8]) -> Option<(usize, [u8; 8])> {
+pub fn content_id(bytes: &[u8]) -> Option<(usize, [u8; 8])> {
     let mut at = 0;
     for line in bytes.split_inclusive(|byte| *byte == b'\n') {
         if let Some(rest) = line.strip_prefix(b"CID=")
@@ -99,8 +105,26 @@ pub(crate) fn content_id(bytes: &[u8]) -> Option<(usize, [u8; 8])> {
     None
 }
 
+/// The extents that a descriptor names, and its text with other names in their place. For
+/// the fuzz target.
+#[cfg(feature = "fuzzing")]
+pub fn rewrite(
+    bytes: &[u8],
+    name: impl Fn(usize) -> String,
+) -> Result<(Vec<String>, String), String> {
+    let descriptor = Descriptor::parse(bytes)?;
+    let extents: Vec<String> = descriptor.extents().map(str::to_owned).collect();
+    let names: Vec<String> = (0..extents.len()).map(name).collect();
+    let text = descriptor.with_names(&names);
+    Ok((extents, text))
+}
+
 fn line(text: &str) -> Result<Line, String> {
     let trimmed = text.trim();
+    if trimmed.starts_with('"') {
+        // For QEMU it could be the name of the extent in the line before.
+        return Err("its descriptor has a line that begins with a quote".to_owned());
+    }
     let first = trimmed.split_ascii_whitespace().next().unwrap_or("");
     if !["RW", "RDONLY", "NOACCESS"].contains(&first) {
         return Ok(plain(trimmed));
@@ -185,6 +209,9 @@ mod tests {
             "\x0bRW 2048 FLAT \"/etc/passwd\" 0",
             "RW 2048 ZERO \"/etc/passwd\" 0",
             "RW\n2048 FLAT \"/etc/passwd\" 0",
+            "x\rRW 2048 FLAT \"/etc/passwd\" 0",
+            "RW 2048 FLAT \"a\rb\" 0",
+            "RW 2048 ZERO\n\"/etc/passwd\" 0\nRW 2048 FLAT \"x\" 0",
         ] {
             let text = format!("# Disk DescriptorFile\n{line}\n");
             assert!(Descriptor::parse(text.as_bytes()).is_err(), "{line}");
@@ -199,6 +226,15 @@ mod tests {
         let text = TEXT.replace("version=1", "parentFileNameHint=\"/etc/passwd\"");
         let descriptor = Descriptor::parse(text.as_bytes()).unwrap();
         assert!(!descriptor.with_names(&["a".into(), "b".into()]).contains("passwd"));
+    }
+
+    /// QEMU would count an extent twice whose line is behind an empty one.
+    #[test]
+    fn no_line_is_empty() {
+        let text = TEXT.replace("# Extent description\n", "\n \t\nparentFileNameHint=\"x\"\n");
+        let descriptor = Descriptor::parse(text.as_bytes()).unwrap();
+        let made = descriptor.with_names(&["a".into(), "b".into()]);
+        assert!(made.lines().all(|line| !line.trim().is_empty()), "{made}");
     }
 
     #[test]
