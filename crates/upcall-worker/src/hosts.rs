@@ -634,7 +634,7 @@ impl Watch {
     /// Has those give way that take more than their share of the processor.
     fn weigh(&mut self) {
         let now_ns = self.clock.now_ns();
-        for host in self.hosts.iter_mut().filter(|host| host.phase == Phase::Serving) {
+        for host in self.hosts.values_mut().filter(|host| host.phase == Phase::Serving) {
             let Some(process) = &mut host.process else { continue };
             let Some(wanted_ns) = process.wanted_ns() else { continue };
             let Some(weight) = host.share.look(now_ns, wanted_ns) else { continue };
