@@ -157,6 +157,16 @@ impl Mapping {
         Some(unsafe { AtomicU64::from_ptr(at.cast()) })
     }
 
+    /// The `count` numbers from `offset`, as atomics that other processes change too.
+    pub fn atomics_u64(&self, offset: usize, count: usize) -> Option<&[AtomicU64]> {
+        let at = self.at_mut(offset, count.checked_mul(8)?)?;
+        if !(at as usize).is_multiple_of(8) {
+            return None;
+        }
+        // SAFETY: as in `atomic_u16`, for each of them; an atomic is as large as its number.
+        Some(unsafe { std::slice::from_raw_parts(at.cast(), count) })
+    }
+
     /// Stores a number; false if there is no room or no right to.
     #[must_use]
     pub fn store_u16(&self, offset: usize, value: u16, ordering: Ordering) -> bool {
@@ -231,6 +241,10 @@ mod tests {
         assert!(map.atomic_u32(8190).is_none());
         assert!(map.atomic_u32(8188).is_some());
         assert!(map.atomic_u32(2).is_none(), "not aligned");
+        assert!(map.atomics_u64(8184, 1).is_some());
+        for (offset, count) in [(8184, 2), (8192, 1), (4, 1), (0, usize::MAX)] {
+            assert!(map.atomics_u64(offset, count).is_none(), "{count} at {offset}");
+        }
         assert!(map.segment(4096, 4097, false).is_none());
         assert!(Mapping::new(&fd, 4096, 8192, Access::ReadWrite).is_err(), "longer than the file");
     }

@@ -316,57 +316,72 @@ pub struct Block {
 }
 
 impl Block {
-    fn number(&self, offset: usize) -> &AtomicU64 {
-        match self.mapping.atomic_u64(self.start + offset) {
-            Some(number) => number,
+    /// Its numbers: found and checked once for each call below.
+    fn numbers(&self) -> &[AtomicU64; BLOCK / 8] {
+        let numbers = self.mapping.atomics_u64(self.start, BLOCK / 8);
+        match numbers.and_then(|numbers| numbers.try_into().ok()) {
+            Some(numbers) => numbers,
             None => unreachable!("a block lies inside its page"),
         }
     }
 
-    /// This thread is the only writer, so load and store need no locked instruction.
-    fn add(&self, offset: usize, delta: u64) {
-        let number = self.number(offset);
-        number.store(number.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
-    }
-
     /// A request of operation number `op` arrives.
     pub fn enter(&self) {
-        self.add(NOW, 1);
+        add(self.numbers(), NOW, 1);
     }
 
     /// It leaves, after `latency_ns`.
     pub fn leave(&self, op: u8, bytes: u64, latency_ns: u64, error: bool) {
-        let counts = 64 * usize::from(op.min(5));
-        self.add(counts, 1);
-        self.add(counts + 8, bytes);
-        self.leave_again(op, latency_ns, error);
+        let numbers = self.numbers();
+        let counts = counts_of(op);
+        add(numbers, counts, 1);
+        add(numbers, counts + 8, bytes);
+        leave(numbers, op, latency_ns, error);
     }
 
     /// It leaves again, after it was here a second time on its way up: that is time, and an
     /// error perhaps, but no other request.
     pub fn leave_again(&self, op: u8, latency_ns: u64, error: bool) {
-        debug_assert!((1..=5).contains(&op));
-        let op = 64 * usize::from(op.min(5));
-        self.add(NOW, u64::MAX);
-        self.add(op + 16, u64::from(error));
-        self.add(op + 24, latency_ns);
-        self.add(HISTOGRAM + 8 * bucket_of(latency_ns), 1);
+        leave(self.numbers(), op, latency_ns, error);
     }
 
     /// A request was delivered again, to a new instance.
     pub fn retry(&self) {
-        self.add(RETRIES, 1);
+        add(self.numbers(), RETRIES, 1);
     }
 
     /// A request went past the filter, which is gone.
     pub fn skip(&self) {
-        self.add(SKIPPED, 1);
+        add(self.numbers(), SKIPPED, 1);
     }
 
     /// The hop broke a rule.
     pub fn violation(&self) {
-        self.add(VIOLATIONS, 1);
+        add(self.numbers(), VIOLATIONS, 1);
     }
+}
+
+/// Where what passed of an operation is counted.
+fn counts_of(op: u8) -> usize {
+    debug_assert!((1..=5).contains(&op));
+    64 * usize::from(op.min(5))
+}
+
+fn leave(numbers: &[AtomicU64; BLOCK / 8], op: u8, latency_ns: u64, error: bool) {
+    let counts = counts_of(op);
+    add(numbers, NOW, u64::MAX);
+    if error {
+        add(numbers, counts + 16, 1);
+    }
+    add(numbers, counts + 24, latency_ns);
+    add(numbers, HISTOGRAM + 8 * bucket_of(latency_ns), 1);
+}
+
+/// One thread is the only writer, so load and store need no locked instruction.
+#[inline]
+fn add(numbers: &[AtomicU64; BLOCK / 8], offset: usize, delta: u64) {
+    let number = &numbers[offset / 8];
+    number.store(number.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
 }
 
 /// Why a file cannot be watched.

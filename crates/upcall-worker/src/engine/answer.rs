@@ -155,7 +155,7 @@ impl Engine {
 
     /// A visit has ended: it is counted, and what was kept for another delivery goes.
     pub(super) fn leave(&mut self, number: u32, failed: bool) -> Option<Visit> {
-        let now_ns = self.now_ns();
+        let now_ns = self.seen_ns;
         let flight = self.flights.get_mut(number)?;
         let visit = flight.visit.take()?;
         self.images.drop(std::mem::take(&mut flight.image));

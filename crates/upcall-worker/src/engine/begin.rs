@@ -35,7 +35,7 @@ impl Engine {
             origin: Origin::Guest(request.tag),
             lane: 0,
             below: None,
-            arrived_ns: self.now_ns(),
+            arrived_ns: self.seen_ns,
         };
         self.begin(begin);
     }

@@ -45,7 +45,7 @@ impl Engine {
     fn deliver(&mut self, number: u32, slot: SlotIndex, up: Option<Status>) -> Option<Action> {
         self.serial = self.serial.wrapping_add(1).max(1);
         let delivery = Delivery { request: number, serial: self.serial };
-        let now_ns = self.now_ns();
+        let now_ns = self.seen_ns;
         let flight = self.flights.get_mut(number)?;
         let place = &self.parts.slots[slot.index()];
         let (link, instance) = (place.link, place.instance);
@@ -160,7 +160,7 @@ impl Engine {
     fn store(&mut self, number: u32) {
         let Some(origin) = self.flights.get(number).map(|flight| flight.origin) else { return };
         let arena = self.arena_of(origin);
-        let stored_ns = self.now_ns();
+        let stored_ns = self.seen_ns;
         let Some(flight) = self.flights.get_mut(number) else { return };
         let data = match &flight.slice {
             Some(slice) => self.parts.arenas[arena].buffers(slice, flight.range.length()),
@@ -180,7 +180,7 @@ impl Engine {
 
     pub(super) fn handle_stored(&mut self, done: StoreDone) {
         let number = done.token.0 as u32;
-        let now_ns = self.now_ns();
+        let now_ns = self.seen_ns;
         let Some(flight) = self.flights.get_mut(number) else { return };
         let latency_ns = now_ns.saturating_sub(flight.stored_ns);
         let bytes = u64::from(flight.range.length());
@@ -223,7 +223,7 @@ impl Engine {
         match origin {
             Origin::Guest(tag) => {
                 self.guest_requests -= 1;
-                let latency_ns = self.now_ns().saturating_sub(arrived_ns);
+                let latency_ns = self.seen_ns.saturating_sub(arrived_ns);
                 self.parts.request_stats.leave(
                     op as u8,
                     u64::from(range.length()),

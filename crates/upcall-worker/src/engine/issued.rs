@@ -75,7 +75,7 @@ impl Engine {
             },
             lane,
             below: if lane == 0 { SlotIndex::new(slot) } else { None },
-            arrived_ns: self.now_ns(),
+            arrived_ns: self.seen_ns,
         })
     }
 

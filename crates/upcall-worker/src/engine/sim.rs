@@ -505,7 +505,6 @@ impl World {
 
     /// One turn of the engine's loop; whether there was something to do.
     pub fn turn(&mut self) -> bool {
-        self.engine.seen_ns = self.engine.now_ns();
         let mut busy = self.engine.turn();
         while self.kills && self.killed < self.given_up.lock().unwrap().len() {
             let host = self.given_up.lock().unwrap()[self.killed].0;
