@@ -23,8 +23,12 @@ _Thread_local struct uh_channel *uh_current_channel;
 /* How long to yield before sleeping: adapts between these. */
 #define PATIENCE_MIN_NS 2000u
 #define PATIENCE_MAX_NS 50000u
-/* Looks at the ring before the first yield. */
+/* Looks at the ring between two yields, while nobody else wants the core. */
 #define POLLS 200u
+/* A yield that took at least this let somebody else run. For so many yields from then on
+   each look is followed by a yield: what we wait for may be waiting for our core. */
+#define SLOW_YIELD_NS 1000u
+#define CROWDED_YIELDS 16u
 
 static _Atomic uint32_t *word(const struct uh_channel *channel, size_t offset) {
     return (_Atomic uint32_t *)(void *)(channel->base + offset);
@@ -199,16 +203,22 @@ static void sleep_until_rung(struct uh_channel *channel) {
 
 /* Looks for a submission until patience ends; says whether one came. */
 static bool poll_then_yield(struct uh_channel *channel) {
-    for (uint32_t i = 0; i < POLLS; i++)
-        if (submission_ready(channel))
-            return true;
-    uint64_t end = uh_now_ns() + channel->patience_ns;
-    do {
+    uint64_t now = 0, end = 0;
+    for (;;) {
+        for (uint32_t looks = channel->crowded ? 1 : POLLS; looks; looks--)
+            if (submission_ready(channel))
+                return true;
+        uint64_t before = end && channel->crowded ? now : uh_now_ns();
+        end = end ? end : before + channel->patience_ns;
+        if (before >= end)
+            return false;
         sched_yield();
-        if (submission_ready(channel))
-            return true;
-    } while (uh_now_ns() < end);
-    return false;
+        now = uh_now_ns();
+        if (now - before >= SLOW_YIELD_NS)
+            channel->crowded = CROWDED_YIELDS;
+        else if (channel->crowded)
+            channel->crowded--;
+    }
 }
 
 /*
@@ -234,6 +244,7 @@ static void *channel_thread(void *arg) {
     uh_current_host = channel->host;
     uh_current_channel = channel;
     channel->patience_ns = PATIENCE_MIN_NS;
+    channel->crowded = CROWDED_YIELDS;
     while (!must_stop(channel))
         if (!serve_batch(channel))
             wait_for_submission(channel);

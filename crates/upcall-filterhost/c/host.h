@@ -115,6 +115,7 @@ struct uh_channel {
     uint32_t taken;
     bool bell_due; /* entries were put in since the worker was last looked after */
     uint64_t patience_ns;
+    uint32_t crowded; /* not 0: others want this core; see poll_then_yield() */
     struct uh_request *free;
     struct uh_chunk *chunks;
     uint32_t chunk_count;
