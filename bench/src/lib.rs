@@ -6,9 +6,8 @@
 //! figure stands how the sides waited and what processor time every process used.
 //!
 //! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone),
-//!   [`path`] (whole disks, beside qemu-storage-daemon), [`nbd`] (beside nbdkit), [`idle`],
-//!   [`stalls`]. Each is a
-//!   [`Bench`].
+//!   [`path`] (whole disks, beside qemu-storage-daemon), [`nbd`] (beside nbdkit), [`crowd`],
+//!   [`idle`], [`stalls`]. Each is a [`Bench`].
 //! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
 //!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
 //! * What comes out: [`report`].
@@ -16,6 +15,7 @@
 //! Nothing here is part of what is measured.
 #![forbid(unsafe_code)]
 
+pub mod crowd;
 pub mod filters;
 pub mod floor;
 pub mod histogram;
@@ -47,6 +47,7 @@ pub const ALL: &[Bench] = &[
     Bench { name: "upcall", about: "a filter alone, without a client", run: upcall::run },
     Bench { name: "path", about: "whole disks, beside qemu-storage-daemon", run: path::run },
     Bench { name: "nbd", about: "NBD, beside nbdkit and qemu-nbd", run: nbd::run },
+    Bench { name: "crowd", about: "an NBD client beside idle and slow ones", run: crowd::run },
     Bench { name: "idle", about: "disks at rest, and their start", run: idle::run },
     Bench { name: "stalls", about: "what a guest feels when something dies", run: stalls::run },
 ];

@@ -8,7 +8,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use upcall_tests::{Client, Disk, Filter, Io, Outcome, RawClient, RawOptions, Scratch, Server};
+use upcall_tests::nbd::{fail, succeed};
+use upcall_tests::{
+    Client, Disk, Filter, Io, Kind, Outcome, RawClient, RawOptions, Scratch, Server,
+};
 
 const BYTES: u64 = 32 << 20;
 const SET_PROTOCOL_FEATURES: u32 = 16;
@@ -191,4 +194,46 @@ fn hostile_channels_harm_nobody() {
     drop(client);
     assert_eq!(connect(&disk.socket).0.read(0, 0, 512), [1; 512]);
     disk.stop();
+}
+
+/// An image's size is its daemon's: it says so, and what to do.
+#[test]
+fn an_image_does_not_grow_while_it_is_served_and_says_what_to_do() {
+    let scratch = Scratch::new();
+    let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
+    let nbd = scratch.text("nbd.sock");
+    let disk = format!("name=root,direct=off,nbd=unix:{nbd}{}", Kind::QCOW2.words(&image));
+    let uri = format!("nbd+unix:///root?socket={nbd}");
+    let server = Server::serve(&scratch, &[&disk], &[]);
+    server.signal(Signal::HUP);
+    wait_for_log(&server, "disk root: it stays as it was: qcow2 images do not grow");
+    assert!(server.stderr().contains("qemu-img resize"), "{}", server.stderr());
+    // It is locked as long as it is served.
+    let resize = ["resize", "-f", "qcow2", image.to_str().unwrap(), "64M"];
+    fail("qemu-img", &resize);
+    assert_eq!(succeed("nbdinfo", &["--size", &uri]), format!("{BYTES}\n"));
+    server.stop();
+    succeed("qemu-img", &resize);
+    let server = Server::serve(&scratch, &[&disk], &[]);
+    assert_eq!(succeed("nbdinfo", &["--size", &uri]), format!("{}\n", 64 << 20));
+    server.stop();
+}
+
+/// NBD has no way to tell a client.
+#[test]
+fn a_disk_of_nbd_clients_alone_stays_as_it_was_and_says_so() {
+    let scratch = Scratch::new();
+    let image = scratch.image("disk.img", BYTES);
+    let nbd = scratch.text("nbd.sock");
+    let disk = format!("name=root,file={},direct=off,nbd=unix:{nbd}", image.display());
+    let uri = format!("nbd+unix:///root?socket={nbd}");
+    let server = Server::serve(&scratch, &[&disk], &[]);
+    set_length(&image, 2 * BYTES);
+    server.signal(Signal::HUP);
+    wait_for_log(&server, "who uses it was told a size, and cannot be told another");
+    assert_eq!(succeed("nbdinfo", &["--size", &uri]), format!("{BYTES}\n"));
+    server.stop();
+    let server = Server::serve(&scratch, &[&disk], &[]);
+    assert_eq!(succeed("nbdinfo", &["--size", &uri]), format!("{}\n", 2 * BYTES));
+    server.stop();
 }

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Resource, Signal, getrlimit, setrlimit};
 use upcall_tests::nbd::{RawNbd, nbdsh, succeed};
 use upcall_tests::{Rng, Scratch, Server, rust_filter};
 
@@ -87,6 +87,41 @@ fn crowds_of_idle_clients_and_half_messages_cost_little_and_disturb_nobody() {
     let grown = served.memory_kib() - before;
     assert!(grown < 16 << 10, "{grown} KiB more");
     drop((idle, half, amid));
+    served.expect_service();
+    served.server.stop();
+}
+
+/// Where a thousand wait, one who works is served as if alone: no thread more, a descriptor for
+/// each, and little memory.
+#[test]
+fn a_thousand_idle_clients_cost_a_descriptor_and_little_memory_each() {
+    const IDLE: usize = 1000;
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.maximum.is_some_and(|maximum| maximum < 4096) {
+        eprintln!("skipped: this takes 4096 descriptors, see ulimit -Hn");
+        return;
+    }
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let served = serve("memory=64M,nbd-connections=1016", &[]);
+    let pid = served.server.pid().as_raw_pid();
+    let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+    served.expect_service();
+    let before = (count("task"), count("fd"), served.memory_kib());
+    let idle: Vec<RawNbd> = (0..IDLE).map(|_| RawNbd::ready(&served.socket, "root", &[])).collect();
+    for _ in 0..3 {
+        served.expect_service();
+    }
+    assert_eq!(count("task"), before.0, "threads");
+    // The one that just left may still be there.
+    assert!(count("fd") <= before.1 + IDLE + 4, "{} descriptors, {} before", count("fd"), before.1);
+    let grown = served.memory_kib() - before.2;
+    assert!(grown < 16 << 10, "{grown} KiB more");
+    // Each of them is served, too, once it asks.
+    for mut client in idle {
+        client.command(0, WRITE_ZEROES, 7, 0, 4096);
+        assert_eq!(client.simple(), (0, 7));
+    }
     served.expect_service();
     served.server.stop();
 }

@@ -5,10 +5,13 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use upcall_tests::nbd::{RawNbd, fail, nbdsh, succeed};
-use upcall_tests::{Client, Driver, Io, Outcome, Scratch, Server, upcall, upcall_program};
+use upcall_tests::{
+    Client, Driver, Io, Outcome, Scratch, Server, qemu_img, rust_filter, upcall, upcall_program,
+};
 
 const WRITE: u16 = 1;
 const READ: u16 = 0;
@@ -106,6 +109,145 @@ fn an_inherited_socket_is_served_whatever_its_number() {
     let ended = upcall(&["serve", "--disk", "name=root,memory=1M,nbd=fd:0"]);
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("inherited descriptor"), "{}", ended.stderr);
+}
+
+/// Starts a server as systemd does that hands over these sockets by these names.
+fn activated(scratch: &Scratch, sockets: &[(&str, &UnixListener)], args: &[&str]) -> Server {
+    let mut command = Command::new("/bin/sh");
+    // LISTEN_PID is the process that is started: a shell can say so.
+    command.args(["-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"]);
+    command.arg(upcall_program()).arg("serve").args(args);
+    command.env("LISTEN_FDS", sockets.len().to_string());
+    let names: Vec<&str> = sockets.iter().map(|(name, _)| *name).collect();
+    command.env("LISTEN_FDNAMES", names.join(":"));
+    // Out of the way of the numbers that are to be set; closed on exec.
+    let copies: Vec<i32> = sockets
+        .iter()
+        // SAFETY: a plain system call on an open descriptor.
+        .map(|(_, socket)| unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 100) })
+        .collect();
+    assert!(copies.iter().all(|fd| *fd >= 100));
+    let inherited = copies.clone();
+    // SAFETY: dup2 may be called between fork and exec; it reads what the closure owns.
+    unsafe {
+        command.pre_exec(move || {
+            for (number, fd) in (3..).zip(&inherited) {
+                if libc::dup2(*fd, number) == -1 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    let server = Server::spawn(scratch, command);
+    for fd in copies {
+        // SAFETY: it is ours, and nobody else knows it.
+        unsafe { libc::close(fd) };
+    }
+    server
+}
+
+#[test]
+fn systemds_sockets_are_taken_by_name_and_outlive_who_is_started_with_them() {
+    for restart in [&[][..], &["--restart", "--restart-pause-ms", "1"]] {
+        let scratch = Scratch::new();
+        let (guest, nbd) = (scratch.join("guest.sock"), scratch.join("nbd.sock"));
+        let (guests, nbds) = (UnixListener::bind(&guest), UnixListener::bind(&nbd));
+        let (guests, nbds) = (guests.unwrap(), nbds.unwrap());
+        // The disks' own is last, so that nothing but its name can tell.
+        let sockets = [("backup", &nbds), ("vm", &guests)];
+        let image = scratch.image("disk.img", 8 << 20);
+        let root = format!("name=vm,file={},direct=off,queues=1", image.display());
+        let mut args = vec!["--disk", &root];
+        args.extend(["--disk", "name=a,memory=1M,nbd=systemd:backup"]);
+        args.extend(["--disk", "name=b,memory=2M,nbd=systemd:backup"]);
+        args.extend(restart);
+        let server = activated(&scratch, &sockets, &args);
+        let uri = |export: &str| format!("nbd+unix:///{export}?socket={}", nbd.display());
+        assert!(server.stdout().contains(&uri("a")), "{}", server.stdout());
+        Driver::usual(&guest, 1).put(0, 0, &[1; 4096]);
+        for (export, size) in [("a", "1048576\n"), ("b", "2097152\n")] {
+            assert_eq!(succeed("nbdinfo", &["--size", &uri(export)]), size);
+        }
+        if !restart.is_empty() {
+            kill_process(Pid::from_raw(server.children()[0]).unwrap(), Signal::KILL).unwrap();
+            // The socket is there all the time: who comes now waits for the next worker.
+            assert_eq!(succeed("nbdinfo", &["--size", &uri("b")]), "2097152\n");
+        }
+        // A client that holds its socket is told, and the end does not wait for it.
+        let mut held = RawNbd::ready(&nbd, "a", &[]);
+        let begun = Instant::now();
+        server.stop();
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        assert_eq!(held.read_to_end(), b"");
+        assert!(nbd.exists() && guest.exists(), "who made them removes them");
+        // As systemd does: who comes while nobody serves waits for who is started next.
+        let waiting = {
+            let uri = uri("a");
+            std::thread::spawn(move || succeed("nbdinfo", &["--size", &uri]))
+        };
+        let server = activated(&scratch, &sockets, &args);
+        assert_eq!(waiting.join().unwrap(), "1048576\n");
+        server.stop();
+    }
+}
+
+#[test]
+fn a_socket_that_systemd_did_not_hand_over_is_named() {
+    let ended = upcall(&["serve", "--disk", "name=root,memory=1M,nbd=systemd:backup"]);
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("FileDescriptorName=backup"), "{}", ended.stderr);
+}
+
+/// In order: nobody new is let in, what was asked is answered, the disk is flushed, and then
+/// the image is free.
+#[test]
+fn at_the_end_what_was_asked_is_answered_and_durable_before_the_image_is_let_go() {
+    let scratch = Scratch::new();
+    let image = scratch.join("disk.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", image.to_str().unwrap(), "8M"]);
+    let nbd = scratch.join("nbd.sock");
+    let slow = rust_filter("fault");
+    let disk = format!(
+        "name=root,file={},format=qcow2,direct=off,nbd=unix:{}",
+        image.display(),
+        nbd.display()
+    );
+    let filter = format!("disk=root,file={},param.effect=delay,param.delay=300ms", slow.display());
+    let server = Server::serve(&scratch, &[&disk], &[&filter]);
+    let mut client = RawNbd::ready(&nbd, "root", &[]);
+    for cookie in 0..8u64 {
+        client.command(0, WRITE, cookie, cookie * 65536, 65536);
+        client.write(&[cookie as u8 + 1; 65536]);
+    }
+    // They have come in, and are not done.
+    std::thread::sleep(Duration::from_millis(100));
+    server.signal(Signal::TERM);
+    let mut answered: Vec<u64> = (0..8)
+        .map(|_| {
+            let (error, cookie) = client.simple();
+            assert_eq!(error, 0, "command {cookie}");
+            cookie
+        })
+        .collect();
+    answered.sort_unstable();
+    assert_eq!(answered, (0..8).collect::<Vec<_>>());
+    server.wait().expect_success();
+    let raw = scratch.join("raw");
+    qemu_img(&[
+        "convert",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        image.to_str().unwrap(),
+        raw.to_str().unwrap(),
+    ]);
+    let bytes = std::fs::read(&raw).unwrap();
+    for number in 0..8 {
+        let part = &bytes[number * 65536..][..65536];
+        assert!(part.iter().all(|byte| *byte == number as u8 + 1), "write {number} is lost");
+    }
 }
 
 #[test]

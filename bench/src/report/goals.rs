@@ -8,7 +8,7 @@ use super::Report;
 use super::page::{amount, times};
 use crate::measure::{Metric, Spread, Unit};
 use crate::path::servers::Disk;
-use crate::{floor, idle, nbd, path, stalls, upcall};
+use crate::{crowd, floor, idle, nbd, path, stalls, upcall};
 
 struct Goal {
     what: &'static str,
@@ -200,6 +200,20 @@ const GOALS: &[Goal] = &[
             let of = |side| metric(report, "stalls", stalls::NEIGHBOUR, side, "p99");
             let ratio = Spread::of_ratios(of(stalls::CRASH_LOOP)?, of(stalls::NORMAL)?)?;
             Some((format!("{} ×", times(ratio)), ratio.median <= 2.0))
+        },
+    },
+    Goal {
+        what: "an NBD client beside 1000 idle connections and 32 slow ones: p99 of a read",
+        goal: "≤ 2 × alone, 1 and 32 in flight",
+        reached: |report| {
+            let (mut figures, mut all) = (Vec::new(), true);
+            for depth in [1, 32] {
+                let of = |side| metric(report, "crowd", &crowd::case(depth), side, "p99");
+                let ratio = Spread::of_ratios(of(crowd::BOTH)?, of(crowd::ALONE)?)?;
+                figures.push(format!("{depth}: {} ×", times(ratio)));
+                all &= ratio.median <= 2.0;
+            }
+            Some((figures.join(", "), all))
         },
     },
 ];

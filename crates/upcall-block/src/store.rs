@@ -66,7 +66,8 @@ pub trait Store: Send + Sync {
 
     /// Looks again how large it is, in bytes: somebody may have made it larger or smaller. A
     /// multiple of the block size; where the size of a store never changes, that of
-    /// [`info`](Self::info). Requests up to there can be made, whatever `info` says.
+    /// [`info`](Self::info). Requests up to there can be made, whatever `info` says. The error
+    /// Unsupported says why nobody looks, and what to do.
     fn measure(&self) -> io::Result<u64> {
         Ok(self.info().capacity)
     }

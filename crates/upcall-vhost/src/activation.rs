@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, getppid, pidfd_getfd, pidfd_open};
 
 /// The first descriptor handed over.
 const FIRST_FD: RawFd = 3;
@@ -32,6 +32,13 @@ impl Inherited {
 /// What systemd handed to this process. Empty if it did not.
 pub fn inherited() -> Vec<Inherited> {
     parse(getpid(), |name| std::env::var(name).ok())
+}
+
+/// What systemd handed to this process or to its parent, which kept it open: a worker uses
+/// what its supervisor was given.
+pub fn inherited_here_or_above() -> Vec<Inherited> {
+    let all = [Some(getpid()), getppid()].into_iter().flatten();
+    all.flat_map(|pid| parse(pid, |name| std::env::var(name).ok())).collect()
 }
 
 /// As [`inherited`], for the process `this` with the environment `variable`.

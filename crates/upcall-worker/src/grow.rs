@@ -36,6 +36,9 @@ pub(crate) fn look_again(disk: &ServedDisk, has_filters: bool) -> Option<(LogLev
     let told = frontend.map_or(disk.info.capacity, |frontend| frontend.config().capacity());
     let now = match disk.store.measure() {
         Ok(now) => now,
+        Err(error) if error.kind() == std::io::ErrorKind::Unsupported => {
+            return Some((LogLevel::Info, format!("it stays as it was: {error}")));
+        }
         Err(error) => {
             let text = format!("cannot find out how large it is now: {error}; it stays as it was");
             return Some((LogLevel::Error, text));

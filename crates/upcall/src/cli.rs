@@ -179,8 +179,9 @@ pub struct ServeArgs {
     /// state=DIR: where its filters keep their state (default: PATH.upcall beside a file; in
     /// memory for memory and null; remote: nowhere).
     ///
-    /// nbd=unix:PATH|HOST:PORT|fd:N: serve it to NBD clients there. Without socket= and fd=,
-    /// only to them. Disks with the same address are exports of one server.
+    /// nbd=unix:PATH|HOST:PORT|fd:N|systemd:NAME: serve it to NBD clients there. Without socket=
+    /// and fd=, only to them. Disks with the same address are exports of one server.
+    /// systemd:NAME is a socket that systemd hands over by this FileDescriptorName=.
     /// nbd-export=NAME: the export's name (default: the disk's name).
     /// nbd-readonly=on|off: NBD clients cannot write (default: off). Needed beside socket= or
     /// fd=, unless readonly=on.

@@ -346,6 +346,22 @@ impl Store for ImageStore {
         &self.info
     }
 
+    /// Unsupported: the daemon's device has the size that it had at its start, and so does what
+    /// is kept for the next one.
+    fn measure(&self) -> io::Result<u64> {
+        let text = match &self.options.source {
+            ImageSource::File(_) => format!(
+                "{} images do not grow while they are served: end this, make it larger with \
+                 `qemu-img resize`, and serve it again",
+                self.options.format
+            ),
+            ImageSource::Server(_) => "what an NBD server has does not grow while it is served: \
+                                       serve it again to see its size"
+                .to_owned(),
+        };
+        Err(io::Error::new(io::ErrorKind::Unsupported, text))
+    }
+
     /// Format, path, size, mode, and what is wrong with it if something is.
     fn describe(&self) -> String {
         let mut text = format!(

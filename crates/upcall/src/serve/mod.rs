@@ -29,7 +29,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Resource};
 use upcall_worker::{
     LogLevel, RecoveryPolicy, SocketSource, StoreFailures, Wake, Worker, WorkerConfig,
 };
@@ -80,6 +80,7 @@ fn serve(
     hangup: &Hangup,
     supervised: Option<(Orders, ToSupervisor)>,
 ) -> Result<(), Failure> {
+    allow_descriptors();
     let mut failures = StoreFailures::default();
     let (plan, stats, supervisor) = match supervised {
         None => {
@@ -131,6 +132,15 @@ fn serve(
     log(LogLevel::Info, &format!("{}: ending in order", shutdown.cause()));
     let report = worker.shutdown();
     if report.failures.is_empty() { Ok(()) } else { Err(Failure::new(report.failures.join("; "))) }
+}
+
+/// As many descriptors as we may have. The usual soft limit is there for programs that use
+/// select(2); each NBD connection takes a few.
+fn allow_descriptors() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // With fewer it works, too: who cannot be let in waits.
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }
 
 fn place_stats(args: &ServeArgs, plan: &Plan, owner: Pid) -> Result<PathBuf, Failure> {

@@ -56,7 +56,11 @@ pub fn sockets(specs: &[DiskSpec]) -> Result<Vec<Socket>, Failure> {
         .filter(|disk| is_free(disk) && !is_granted(disk))
         .map(|disk| disk.name.as_str())
         .collect();
-    let mut handed_over = HandedOver::take().share_out(&wants)?.into_iter();
+    let is_for_nbd = |name: &str| {
+        let mut places = specs.iter().filter_map(|disk| disk.nbd.as_ref());
+        places.any(|place| matches!(&place.0, NbdPlace::Systemd(wanted) if wanted == name))
+    };
+    let mut handed_over = HandedOver::take(is_for_nbd).share_out(&wants)?.into_iter();
     let socket = |spec: &DiskSpec| {
         if is_granted(spec) {
             return Ok(None);
@@ -115,6 +119,10 @@ fn nbd_of(spec: &DiskSpec) -> Result<Option<NbdConfig>, Failure> {
         NbdPlace::Tcp(address) => NbdAddress::Tcp(address.clone()),
         NbdPlace::Fd(number) => sockets::inherited(&spec.name, (*number).into())
             .map(|fd| NbdAddress::Fd((*number).into(), fd))?,
+        NbdPlace::Systemd(name) => {
+            let (number, fd) = sockets::named(&spec.name, name)?;
+            NbdAddress::Fd(number, fd)
+        }
     };
     let tls = spec.nbd_tls_cert.as_ref().zip(spec.nbd_tls_key.as_ref());
     let tls = tls.map(|(certificate, key)| NbdTls {

@@ -15,9 +15,11 @@ use crate::failure::Failure;
 pub struct HandedOver(Vec<Inherited>);
 
 impl HandedOver {
-    /// What was handed to this process.
-    pub fn take() -> HandedOver {
-        HandedOver(activation::inherited())
+    /// What was handed to this process, but for what `is_taken` says of a name.
+    pub fn take(is_taken: impl Fn(&str) -> bool) -> HandedOver {
+        let mut all = activation::inherited();
+        all.retain(|socket| !is_taken(&socket.name));
+        HandedOver(all)
     }
 
     /// Chooses for each disk that says neither socket nor fd, `wants` in their order: first by
@@ -65,6 +67,20 @@ pub fn inherited(disk: &str, number: RawFd) -> Result<OwnedFd, Failure> {
     Inherited { name: String::new(), number }.open().map_err(|error| {
         Failure::new(format_args!("disk {disk}: descriptor {number} was not inherited: {error}"))
     })
+}
+
+/// The socket for `disk` that systemd handed over by this name, to this process or to the
+/// supervisor that started it, and its number.
+pub fn named(disk: &str, name: &str) -> Result<(RawFd, OwnedFd), Failure> {
+    let all = activation::inherited_here_or_above();
+    let Some(found) = all.iter().find(|socket| socket.name == name) else {
+        let names: Vec<&str> = all.iter().map(|socket| socket.name.as_str()).collect();
+        return Err(Failure::new(format_args!(
+            "disk {disk}: systemd handed over no socket named {name:?}, but {names:?}: say \
+             FileDescriptorName={name} in its socket unit"
+        )));
+    };
+    Ok((found.number, inherited(disk, found.number)?))
 }
 
 /// The path that a socket is bound to.

@@ -356,6 +356,8 @@ mod tests {
         assert_eq!(disk.nbd, Some(Given(NbdPlace::Tcp("[::1]:10809".into()))));
         assert_eq!(disk.nbd_tls, Some(Given(NbdTlsUse::Optional)));
         assert!(disk.is_only_nbd());
+        let disk = DiskSpec::from_words("name=n,memory=1G,nbd=systemd:backup").unwrap();
+        assert_eq!(disk.nbd, Some(Given(NbdPlace::Systemd("backup".into()))));
         let disk = DiskSpec::from_words("name=f,remote=[::1]:10809,remote-export=x").unwrap();
         assert_eq!(disk.remote, Some(Given(upcall_worker::NbdPlace::Tcp("[::1]:10809".into()))));
         assert_eq!(disk.remote_export.as_deref(), Some("x"));
@@ -409,6 +411,7 @@ mod tests {
             ("name=r,file=a,nbd=nowhere", "nbd: \"nowhere\""),
             ("name=r,file=a,nbd=host:port", "nbd: \"host:port\""),
             ("name=r,file=a,nbd=fd:x", "nbd: \"fd:x\""),
+            ("name=r,file=a,nbd=systemd:", "nbd: \"systemd:\""),
             ("name=r,file=a,nbd-export=x", "for disks with nbd=ADDRESS"),
             ("name=r,file=a,nbd=unix:s,nbd-tls-cert=c", "both nbd-tls-cert and nbd-tls-key"),
             ("name=r,file=a,nbd=unix:s,nbd-tls=optional", "both nbd-tls-cert and nbd-tls-key"),

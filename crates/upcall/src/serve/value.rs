@@ -172,17 +172,26 @@ pub enum NbdPlace {
     Tcp(String),
     /// An inherited socket.
     Fd(u16),
+    /// One that systemd hands over by this name.
+    Systemd(String),
 }
 
 impl Value for NbdPlace {
     fn from_text(text: &str) -> Result<NbdPlace, String> {
-        let wrong =
-            || format!("{text:?} is no address for NBD: write unix:PATH, HOST:PORT or fd:NUMBER");
+        let wrong = || {
+            format!(
+                "{text:?} is no address for NBD: write unix:PATH, HOST:PORT, fd:NUMBER or \
+                 systemd:NAME"
+            )
+        };
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() { Err(wrong()) } else { Ok(NbdPlace::Unix(path.into())) };
         }
         if let Some(number) = text.strip_prefix("fd:") {
             return number.parse().map(NbdPlace::Fd).map_err(|_| wrong());
+        }
+        if let Some(name) = text.strip_prefix("systemd:") {
+            return if name.is_empty() { Err(wrong()) } else { Ok(NbdPlace::Systemd(name.into())) };
         }
         match text.rsplit_once(':') {
             Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
@@ -199,7 +208,7 @@ impl Value for upcall_worker::NbdPlace {
         match NbdPlace::from_text(text) {
             Ok(NbdPlace::Unix(path)) => Ok(upcall_worker::NbdPlace::Unix(path)),
             Ok(NbdPlace::Tcp(address)) => Ok(upcall_worker::NbdPlace::Tcp(address)),
-            Ok(NbdPlace::Fd(_)) | Err(_) => Err(format!(
+            Ok(NbdPlace::Fd(_) | NbdPlace::Systemd(_)) | Err(_) => Err(format!(
                 "{text:?} is no address of an NBD server: write unix:PATH or HOST:PORT"
             )),
         }

@@ -326,9 +326,7 @@ impl Worker {
         command.arg0(program);
         // Our own arguments, with `--supervised` behind `serve`.
         command.args(arguments.next()).arg("--supervised").args(arguments);
-        for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
-            command.env_remove(name);
-        }
+        // What systemd handed to us stays open and named: LISTEN_PID says that it is its parent's.
         // A group of its own: a Ctrl-C for us is not one for it, it is told in order.
         command.stdin(theirs).stdout(Stdio::null()).process_group(0);
         let mut child = command.spawn()?;
