@@ -15,6 +15,7 @@
 //! checked against sizes that this process knows. What a request means is not known here.
 
 mod arena;
+mod barrier;
 mod buffers;
 // Under loom the ring's atomics are not those of shared memory.
 #[cfg(not(loom))]
@@ -30,6 +31,7 @@ mod sync;
 mod wait;
 
 pub use arena::{Arena, ArenaSlice, PAGE_SIZE};
+pub use barrier::barrier_everywhere;
 pub use buffers::{Buffers, Segment};
 pub use doorbell::Doorbell;
 pub use inbox::Inbox;

@@ -51,11 +51,20 @@ impl BackendChannel {
 /// message stays where it is: the `vhost` crate reads it, checks it, and keeps its own
 /// descriptor to itself.
 pub(crate) fn peek_descriptor(stream: &UnixStream) -> Option<OwnedFd> {
-    let mut byte = [0];
+    receive(stream, &mut [0], RecvFlags::PEEK)
+}
+
+/// Takes the next bytes out of the socket, for a message that the `vhost` crate does not know,
+/// and gives the descriptor that came with them, if there is exactly one. They are there.
+pub(crate) fn take(stream: &UnixStream, into: &mut [u8]) -> Option<OwnedFd> {
+    receive(stream, into, RecvFlags::empty())
+}
+
+fn receive(stream: &UnixStream, into: &mut [u8], flags: RecvFlags) -> Option<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    rustix::net::recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut control, flags).ok()?;
+    let flags = flags | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    rustix::net::recvmsg(stream, &mut [IoSliceMut::new(into)], &mut control, flags).ok()?;
     let mut fds: Vec<OwnedFd> = Vec::new();
     for part in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = part {

@@ -197,6 +197,7 @@ impl BlkConfig {
             | RING_EVENT_IDX
             | RING_PACKED
             | PROTOCOL_FEATURES
+            | LOG_ALL
             | VERSION_1;
         let ops = self.info.ops;
         if ops.contains(Op::Flush) {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, SendFlags};
 use vhost::vhost_user::BackendReqHandler;
 
 use crate::channel;
@@ -26,6 +26,12 @@ const MESSAGE_POLL: Duration = Duration::from_millis(1);
 const MESSAGE_HEADER_SIZE: usize = 12;
 /// Longest body; the `vhost` crate refuses others.
 const MESSAGE_BODY_MAX: usize = 4096;
+/// VHOST_USER_SET_LOG_FD, which the `vhost` crate does not know.
+const SET_LOG_FD: u32 = 7;
+/// In a header's flags: the version, that it is a reply, that one is wanted.
+const FLAGS_VERSION: u32 = 1;
+const FLAGS_REPLY: u32 = 4;
+const FLAGS_NEED_REPLY: u32 = 8;
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
 
@@ -91,9 +97,17 @@ pub fn serve_connection(
             }
             return Ok(ended);
         }
-        if next_request(&watched) == Some(SET_BACKEND_REQ_FD) {
-            let channel = channel::peek_descriptor(&watched);
-            device.lock().unwrap_or_else(PoisonError::into_inner).offer_channel(channel);
+        match next_request(&watched) {
+            Some(SET_BACKEND_REQ_FD) => {
+                let channel = channel::peek_descriptor(&watched);
+                device.lock().unwrap_or_else(PoisonError::into_inner).offer_channel(channel);
+            }
+            Some(SET_LOG_FD) => {
+                let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+                set_log_fd(&watched, &mut device)?;
+                continue;
+            }
+            _ => {}
         }
         if let Err(error) = handler.handle_request() {
             let refusal = device.lock().unwrap_or_else(PoisonError::into_inner).take_refusal();
@@ -168,6 +182,27 @@ fn next_request(stream: &UnixStream) -> Option<u32> {
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     let (length, _) = rustix::net::recv(stream, &mut request, flags).ok()?;
     (length == request.len()).then(|| u32::from_le_bytes(request))
+}
+
+/// Handles SET_LOG_FD, all of which is in the socket.
+fn set_log_fd(stream: &UnixStream, device: &mut Device<'_>) -> Result<(), ConnectionError> {
+    let mut header = [0; MESSAGE_HEADER_SIZE];
+    let fd = channel::take(stream, &mut header);
+    let number = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| header[at + i]));
+    let (flags, length) = (number(4), number(8) as usize);
+    if length > MESSAGE_BODY_MAX {
+        return Err(ConnectionError::Protocol(vhost::vhost_user::Error::InvalidMessage));
+    }
+    // Some send an empty body, some a number that says nothing.
+    if length > 0 {
+        let _ = channel::take(stream, &mut vec![0; length]);
+    }
+    if device.set_log_signal(fd) && flags & FLAGS_NEED_REPLY != 0 {
+        let head = [SET_LOG_FD, FLAGS_VERSION | FLAGS_REPLY, 8].map(u32::to_le_bytes).concat();
+        let reply = [head, vec![0; 8]].concat();
+        rustix::net::send(stream, &reply, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
+    }
+    Ok(())
 }
 
 fn hung_up(stream: &UnixStream) -> Result<bool, ConnectionError> {

@@ -25,6 +25,7 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, VhostUserBackendReqHandlerMu
 
 use crate::channel::BackendChannel;
 use crate::config::BlkConfig;
+use crate::dirty::{DirtyLog, LogError, seen_everywhere};
 use crate::inflight::{Extent, Inflight, InflightError};
 use crate::memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region, RegionAddress};
 use crate::queue::{Shared, Signals, Stopped, VirtQueue};
@@ -97,6 +98,9 @@ pub enum Refusal {
     /// A file for tracking what is in flight was not accepted, or not found fit for a ring.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// A log of what we write was not accepted, or does not cover it.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// A message of a protocol feature that was not offered.
     #[error("{0} was not offered")]
     NotOffered(&'static str),
@@ -124,6 +128,8 @@ pub(crate) struct Device<'a> {
     rings: Vec<Ring>,
     /// Virtio features that the frontend accepted.
     features: u64,
+    /// The frontend may ask that messages be acknowledged.
+    acknowledges: bool,
     /// Why the last message was refused: `vhost`'s errors have no place for it.
     refusal: Option<Refusal>,
     /// We end the connection, not the frontend.
@@ -149,6 +155,7 @@ impl<'a> Device<'a> {
             shared,
             rings,
             features: 0,
+            acknowledges: false,
             refusal: None,
             shut_down: false,
             channel,
@@ -220,13 +227,15 @@ impl<'a> Device<'a> {
 
     fn start_if_ready(&mut self, at: usize) -> Answer {
         let starts_device = self.rings.iter().all(|ring| !ring.running);
-        let ring = &mut self.rings[at];
+        let ring = &self.rings[at];
         // Without protocol features there is no message that enables.
         let enabled = ring.enabled || self.features & PROTOCOL_FEATURES == 0;
         let (Some(size), Some(address), Some(kick)) = (ring.size, ring.address, &ring.kick) else {
             return Ok(());
         };
-        if !enabled || ring.running {
+        // What is written before the log is there would be in none.
+        let unlogged = self.features & LOG_ALL != 0 && self.shared.dirty.covers().is_none();
+        if !enabled || ring.running || unlogged {
             return Ok(());
         }
         let index = at as u16;
@@ -237,6 +246,8 @@ impl<'a> Device<'a> {
             None => None,
         };
         let (_, memory) = self.shared.memory();
+        self.check_log(&memory)?;
+        let ring = &self.rings[at];
         let found = if packed {
             let tracked = region.as_ref().is_some_and(Inflight::is_used);
             let position = packed_position(index, ring.base, size, tracked)?;
@@ -257,7 +268,7 @@ impl<'a> Device<'a> {
             ring.signals.clone(),
             kick.clone(),
         );
-        ring.running = true;
+        self.rings[at].running = true;
         self.host.start(index, queue);
         if starts_device {
             // QEMU does not look at the configuration when it reconnects or starts again, and
@@ -302,7 +313,12 @@ impl<'a> Device<'a> {
     fn add_region(&mut self, region: &VhostUserMemoryRegion, file: &File) -> Answer {
         let region = Region::map(region_address(region), file, region.mmap_offset)?;
         let (_, memory) = self.shared.memory();
-        self.shared.set_memory(memory.with(region)?);
+        self.accept_memory(memory.with(region)?)
+    }
+
+    fn accept_memory(&mut self, memory: GuestMemory) -> Answer {
+        self.check_log(&memory)?;
+        self.shared.set_memory(memory);
         Ok(())
     }
 
@@ -311,8 +327,7 @@ impl<'a> Device<'a> {
             Region::map(region_address(region), file, region.mmap_offset)
         };
         let mapped: Result<Vec<_>, _> = regions.iter().zip(files).map(map).collect();
-        self.shared.set_memory(GuestMemory::new(mapped?)?);
-        Ok(())
+        self.accept_memory(GuestMemory::new(mapped?)?)
     }
 
     fn set_accepted_features(&mut self, features: u64) -> Answer {
@@ -322,12 +337,80 @@ impl<'a> Device<'a> {
         }
         // Rings have parts of it built in.
         let running = self.running();
-        if features != self.features {
+        // Logging alone comes and goes while they run, once there is a log.
+        let unlogged = features & LOG_ALL != 0 && self.shared.dirty.covers().is_none();
+        if (features ^ self.features) & !LOG_ALL != 0 || unlogged {
             self.stop_all();
+        }
+        if self.features & !features & LOG_ALL != 0 {
+            // The next time begins with a new one.
+            self.shared.dirty.set_log(None);
         }
         self.features = features;
         self.shared.set_flush_negotiated(features & BLK_FLUSH != 0);
+        self.switch_logging();
         running.into_iter().try_for_each(|at| self.start_if_ready(at))
+    }
+
+    /// Logs from now on, or no more, as was negotiated. Nothing is written unmarked after it.
+    fn switch_logging(&mut self) {
+        let dirty = &self.shared.dirty;
+        let on = self.features & LOG_ALL != 0 && dirty.covers().is_some();
+        if !dirty.set_on(on) {
+            self.stop_all();
+        }
+    }
+
+    /// That each page which we may write has a place in the log, if there is one.
+    fn check_log(&self, memory: &GuestMemory) -> Answer {
+        let Some(covered) = self.shared.dirty.covers() else { return Ok(()) };
+        let short = |what, end| {
+            if end > covered { Err(LogError::Short { covered, what, end }) } else { Ok(()) }
+        };
+        short("its memory", memory.end())?;
+        for ring in &self.rings {
+            if let (Some(at), Some(size)) = (ring.signals.log_address(), ring.size) {
+                short("a used ring", at.saturating_add(ring::used_bytes(size)))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_log(&mut self, log: DirtyLog) -> Answer {
+        let (_, memory) = self.shared.memory();
+        self.shared.dirty.set_log(Some(log));
+        self.check_log(&memory)?;
+        let running = self.running();
+        self.switch_logging();
+        // Those that were stopped to see it, and those that waited for it.
+        let waiting =
+            (0..self.rings.len()).filter(|at| self.features & LOG_ALL != 0 || running.contains(at));
+        waiting.collect::<Vec<_>>().into_iter().try_for_each(|at| self.start_if_ready(at))
+    }
+
+    /// What to ring when something was logged. Says whether the frontend negotiated that
+    /// messages be acknowledged.
+    pub fn set_log_signal(&mut self, fd: Option<OwnedFd>) -> bool {
+        self.shared.dirty.set_signal(fd);
+        self.acknowledges
+    }
+
+    /// Where the ring is, and under which address it is logged.
+    fn place_ring(&mut self, index: u32, address: RingAddress, log: Option<u64>) -> Answer {
+        let at = self.place(index)?;
+        let ring = &mut self.rings[at];
+        let logged_before = ring.signals.log_address();
+        ring.signals.set_log_address(log);
+        let (_, memory) = self.shared.memory();
+        self.check_log(&memory)?;
+        if self.rings[at].address != Some(address) {
+            return self.change(index, |ring| ring.address = Some(address));
+        }
+        if log != logged_before && self.rings[at].running && !seen_everywhere() {
+            self.stop(at);
+            return self.start_if_ready(at);
+        }
+        Ok(())
     }
 
     fn write_config(&mut self, offset: u32, bytes: &[u8]) -> Answer {
@@ -429,6 +512,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
@@ -437,6 +521,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         let unknown = features & !self.get_protocol_features()?.bits();
         let answer =
             if unknown == 0 { Ok(()) } else { Err(Refusal::Features { features: unknown }) };
+        self.acknowledges = features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
         self.answer(answer)
     }
 
@@ -490,19 +575,15 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptors: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<(), Error> {
         let address = RingAddress { descriptors, available, used };
-        let answer = self.place(index).and_then(|at| {
-            if self.rings[at].address == Some(address) {
-                return Ok(());
-            }
-            self.change(index, |ring| ring.address = Some(address))
-        });
+        let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        let answer = self.place_ring(index, address, log);
         self.answer(answer)
     }
 
@@ -600,6 +681,8 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         // That there are protocol features stays negotiated: it says how rings are enabled.
         self.features &= PROTOCOL_FEATURES;
         self.shared.set_flush_negotiated(false);
+        self.shared.dirty.set_log(None);
+        self.switch_logging();
         Ok(())
     }
 
@@ -652,7 +735,11 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         self.not_offered("SHMEM")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<(), Error> {
-        self.not_offered("LOG_SHMFD")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<(), Error> {
+        let &VhostUserLog { mmap_size, mmap_offset } = log;
+        let answer = DirtyLog::map(&file, mmap_offset, mmap_size)
+            .map_err(Refusal::from)
+            .and_then(|log| self.set_log(log));
+        self.answer(answer)
     }
 }

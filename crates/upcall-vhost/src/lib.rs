@@ -12,6 +12,7 @@
 //! | `memory` | where the guest's memory is mapped |
 //! | `ring` | a split or packed virtqueue's parts, their indices and notifications |
 //! | `inflight` | what is in flight, kept for the worker that comes after us |
+//! | `dirty` | which pages of the guest's memory we have written, while it is copied elsewhere |
 //! | `chain` | from a head index to checked pieces of memory |
 //! | `request` | from pieces of memory to a block request |
 //! | `queue` | the above, as a [`RequestQueue`](upcall_block::RequestQueue) |
@@ -35,6 +36,7 @@ mod connection;
 #[cfg_attr(not(any(test, feature = "mock")), allow(dead_code))]
 pub mod crash;
 mod device;
+mod dirty;
 mod inflight;
 mod listener;
 mod memory;
@@ -51,6 +53,7 @@ pub mod mock;
 pub use config::{BlkConfig, BlkOptions, ConfigError};
 pub use connection::{ConnectionError, Ended, serve_connection};
 pub use device::{QueueHost, Refusal};
+pub use dirty::LogError;
 pub use inflight::InflightError;
 pub use listener::{ListenError, Listener};
 pub use memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region};

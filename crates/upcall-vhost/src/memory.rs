@@ -308,12 +308,26 @@ impl GuestMemory {
 
     /// `length` bytes at the hypervisor's address `at`, all in one region.
     pub(crate) fn user_range(&self, at: u64, length: u64) -> Option<Place> {
+        let (region, inside) = self.user_region(at, length)?;
+        let offset = region.skip + usize::try_from(inside).ok()?;
+        Some(Place { mapping: region.mapping.clone(), offset })
+    }
+
+    /// The guest-physical address of the same, or one of them.
+    pub(crate) fn guest_address(&self, at: u64, length: u64) -> Option<u64> {
+        self.user_region(at, length).map(|(region, inside)| region.address.guest + inside)
+    }
+
+    /// A region that has all of these bytes, and how far into it they begin.
+    fn user_region(&self, at: u64, length: u64) -> Option<(&Region, u64)> {
         self.regions.iter().find_map(|region| {
             let inside = at.checked_sub(region.address.user)?;
-            let end = inside.checked_add(length)?;
-            let offset = region.skip + usize::try_from(inside).ok()?;
-            (end <= region.address.length)
-                .then(|| Place { mapping: region.mapping.clone(), offset })
+            (inside.checked_add(length)? <= region.address.length).then_some((region, inside))
         })
+    }
+
+    /// The first guest-physical address behind all of it.
+    pub(crate) fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |region| region.address.guest + region.address.length)
     }
 }

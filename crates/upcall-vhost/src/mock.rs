@@ -7,7 +7,7 @@
 
 mod packed;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,6 +21,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use upcall_block::{DiskInfo, Op, OpSet, Request, RequestQueue, Status};
 use upcall_ring::{Access, Doorbell, Mapping, memfd};
 
+use crate::dirty::DirtyLog;
 use crate::inflight::{Extent, Inflight};
 use crate::memory::RegionAddress;
 use crate::queue::{Shared, Signals};
@@ -405,6 +406,9 @@ pub trait GuestDriver {
     /// Its memory.
     fn memory(&self) -> &Memory;
 
+    /// Where the device writes what is used, or its event structure: guest-physical.
+    fn used(&self) -> u64;
+
     /// The queue on its ring, with indirect descriptors. A device that tracks what is in
     /// flight finds what was.
     fn queue(&self, device: &Device) -> VirtQueue;
@@ -435,6 +439,10 @@ impl GuestDriver for Driver {
 
     fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    fn used(&self) -> u64 {
+        self.used
     }
 
     fn queue(&self, device: &Device) -> VirtQueue {
@@ -482,6 +490,53 @@ impl InflightFile {
     }
 }
 
+/// A log of what the device writes, as the hypervisor has it.
+#[derive(Debug)]
+pub struct LogFile {
+    fd: OwnedFd,
+    mapping: Mapping,
+}
+
+impl LogFile {
+    /// For guest-physical addresses up to `end`; nothing is marked.
+    pub fn new(end: u64) -> LogFile {
+        let words = end.div_ceil(4096 * 64) as usize;
+        let fd = memfd("log", words * 8).expect("memfd");
+        let mapping = Mapping::new(&fd, 0, words * 8, Access::ReadWrite).expect("mapping");
+        LogFile { fd, mapping }
+    }
+
+    /// Its file.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.mapping.len() as u64
+    }
+
+    /// The pages that were marked since the last call, by their guest-physical addresses.
+    pub fn take(&self) -> BTreeSet<u64> {
+        let mut pages = BTreeSet::new();
+        for word in 0..self.mapping.len() / 8 {
+            let number = self.mapping.atomic_u64(word * 8).expect("inside");
+            let bits = u64::from_le(number.swap(0, Ordering::AcqRel));
+            let marked = (0..64).filter(|bit| bits & 1 << bit != 0);
+            pages.extend(marked.map(|bit| (word as u64 * 64 + bit) * 4096));
+        }
+        pages
+    }
+}
+
+/// The pages of `memory` that are not as they were in `before`, guest-physical.
+pub fn changed_pages(memory: &Memory, before: &[u8]) -> BTreeSet<u64> {
+    let base = memory.address().guest;
+    let now = memory.read(base, before.len());
+    let pairs = now.chunks(4096).zip(before.chunks(4096)).zip((base..).step_by(4096));
+    pairs.filter(|((now, before), _)| now != before).map(|(_, at)| at).collect()
+}
+
 /// A device without a socket: makes queues of rings directly.
 #[derive(Debug)]
 pub struct Device {
@@ -524,6 +579,17 @@ impl Device {
     /// Keeps what is in flight in `file` from now on, in rings that start.
     pub fn track(&mut self, file: &InflightFile) {
         self.inflight = Some(file.map());
+    }
+
+    /// Logs what is written from now on, the ring at guest-physical `used`. None: no more.
+    pub fn log(&self, log: Option<(&LogFile, u64)>) {
+        let dirty = &self.shared.dirty;
+        if let Some((file, used)) = log {
+            let log = DirtyLog::map(&file.fd, 0, file.length()).expect("what we made");
+            dirty.set_log(Some(log));
+            self.signals.set_log_address(Some(used));
+        }
+        assert!(dirty.set_on(log.is_some()), "a kernel with membarrier");
     }
 
     /// Replaces the guest's memory under the running queues.

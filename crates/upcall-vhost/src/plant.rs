@@ -19,11 +19,17 @@ pub enum Bug {
     RetryOrder,
     /// The last batch, shown to the driver but still marked, is not recovered.
     LastBatch,
+    /// What is read into the guest's memory is not logged.
+    UnloggedData,
+    /// Status bytes are not logged (libvhost-user's users had to learn to count them).
+    UnloggedStatus,
+    /// The used ring is not logged.
+    UnloggedRing,
 }
 
 #[cfg(any(test, feature = "plant"))]
 impl Bug {
-    /// All of them.
+    /// Those of what is in flight.
     pub const ALL: [Bug; 6] = [
         Bug::InflightSlot0,
         Bug::ResumeFromAvailable,
@@ -32,6 +38,8 @@ impl Bug {
         Bug::RetryOrder,
         Bug::LastBatch,
     ];
+    /// Those of the log of what is written.
+    pub const UNLOGGED: [Bug; 3] = [Bug::UnloggedData, Bug::UnloggedStatus, Bug::UnloggedRing];
 
     /// As in `UPCALL_PLANT`.
     pub const fn name(self) -> &'static str {
@@ -42,6 +50,9 @@ impl Bug {
             Bug::StopDropsInFlight => "stop-drops-in-flight",
             Bug::RetryOrder => "retry-order",
             Bug::LastBatch => "last-batch",
+            Bug::UnloggedData => "unlogged-data",
+            Bug::UnloggedStatus => "unlogged-status",
+            Bug::UnloggedRing => "unlogged-ring",
         }
     }
 }
@@ -71,7 +82,10 @@ mod planted {
         static PLANTED: Cell<Option<Bug>> = Cell::new(
             std::env::var("UPCALL_PLANT")
                 .ok()
-                .and_then(|name| Bug::ALL.into_iter().find(|bug| bug.name() == name)),
+                .and_then(|name| {
+                    let all = Bug::ALL.into_iter().chain(Bug::UNLOGGED);
+                    all.into_iter().find(|bug| bug.name() == name)
+                }),
         );
     }
 

@@ -16,8 +16,9 @@ use rustix::fs::OFlags;
 use upcall_block::{Errno, Op, QueueError, Request, RequestFlags, RequestQueue, Status, Tag};
 use upcall_ring::Doorbell;
 
-use crate::chain::{Chain, ChainError};
+use crate::chain::{Chain, ChainError, part};
 use crate::config::BlkConfig;
+use crate::dirty::Dirty;
 use crate::inflight::RegionError;
 use crate::memory::{GuestMemory, Place};
 use crate::plant::{self, Bug};
@@ -34,6 +35,8 @@ pub(crate) struct Shared {
     memory_version: AtomicU64,
     /// Whether the guest knows how to flush. If not, every write is durable.
     flush_negotiated: AtomicBool,
+    /// Where the frontend wants to know what we write.
+    pub dirty: Dirty,
 }
 
 impl Shared {
@@ -43,6 +46,7 @@ impl Shared {
             memory: Mutex::default(),
             memory_version: AtomicU64::new(0),
             flush_negotiated: AtomicBool::new(false),
+            dirty: Dirty::default(),
         })
     }
 
@@ -70,12 +74,24 @@ impl Shared {
     }
 }
 
-/// The descriptors by which the frontend is told of completions and of errors. It may
-/// change them while the ring runs.
-#[derive(Debug, Default)]
+/// The descriptors by which the frontend is told of completions and of errors, and where it
+/// logs the ring. It may change them while the ring runs.
+#[derive(Debug)]
 pub(crate) struct Signals {
     call: Mutex<Option<Signal>>,
     error: Mutex<Option<Signal>>,
+    /// Under which guest-physical address the used ring is logged, if it is.
+    log_address: AtomicU64,
+}
+
+/// No address: where it stands no ring could end.
+const NOT_LOGGED: u64 = u64::MAX;
+
+impl Default for Signals {
+    fn default() -> Signals {
+        let (call, error) = (Mutex::default(), Mutex::default());
+        Signals { call, error, log_address: AtomicU64::new(NOT_LOGGED) }
+    }
 }
 
 impl Signals {
@@ -85,6 +101,17 @@ impl Signals {
 
     pub fn set_error(&self, fd: Option<OwnedFd>) {
         *self.error.lock().unwrap_or_else(PoisonError::into_inner) = fd.map(Signal::new);
+    }
+
+    /// Logs the used ring under this guest-physical address from now on. Whoever runs may not
+    /// have seen it yet.
+    pub fn set_log_address(&self, address: Option<u64>) {
+        self.log_address.store(address.unwrap_or(NOT_LOGGED), Ordering::SeqCst);
+    }
+
+    pub fn log_address(&self) -> Option<u64> {
+        let address = self.log_address.load(Ordering::Relaxed);
+        (address != NOT_LOGGED).then_some(address)
     }
 
     /// Interrupts the guest, whether it asked or not.
@@ -102,19 +129,19 @@ impl Signals {
 /// A descriptor of the frontend's. Ringing it must not block, whatever it is; and as it
 /// may be blocking because the frontend waits on it, we do not change that.
 #[derive(Debug)]
-struct Signal {
+pub(crate) struct Signal {
     doorbell: Doorbell,
     may_block: bool,
 }
 
 impl Signal {
-    fn new(fd: OwnedFd) -> Signal {
+    pub fn new(fd: OwnedFd) -> Signal {
         let flags = rustix::fs::fcntl_getfl(&fd);
         let may_block = !flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK));
         Signal { doorbell: Doorbell::from_fd(fd), may_block }
     }
 
-    fn ring(&self) {
+    pub fn ring(&self) {
         if !self.may_block || self.has_room() {
             self.doorbell.ring();
         }
@@ -192,6 +219,9 @@ pub struct VirtQueue {
     memory_version: u64,
     /// By slot.
     in_flight: Vec<Option<InFlight>>,
+    /// By slot: what its request writes to the guest's memory, guest-physical, for the log.
+    /// Kept always, as it may be switched on while a request is in flight.
+    written: Vec<Vec<(u64, u64)>>,
     in_flight_count: u16,
     /// Slots of what a worker before us took, which come first.
     again: VecDeque<u16>,
@@ -213,6 +243,7 @@ impl VirtQueue {
     ) -> VirtQueue {
         let (memory_version, memory) = shared.memory();
         let in_flight = (0..ring.size()).map(|_| None).collect();
+        let written = (0..ring.size()).map(|_| Vec::new()).collect();
         let (again, broken) = match region.map(|region| ring.track(region)) {
             None => (Vec::new(), None),
             Some(Ok(again)) => (again, None),
@@ -228,6 +259,7 @@ impl VirtQueue {
             memory,
             memory_version,
             in_flight,
+            written,
             in_flight_count: 0,
             again: again.into(),
             broken,
@@ -238,6 +270,8 @@ impl VirtQueue {
         } else {
             Signals::ring(&queue.signals.error);
         }
+        // Also what a worker before us may have written and not marked.
+        queue.log_ring();
         queue
     }
 
@@ -263,6 +297,7 @@ impl VirtQueue {
         if self.broken.is_none() {
             // What comes after us may sleep. An error here is seen by whoever goes on.
             let _ = self.ring.ask_for_doorbell();
+            self.log_ring();
         }
         // Of a broken ring, nothing will ever be taken.
         let left = if self.broken.is_none() { self.again.len() } else { 0 };
@@ -315,6 +350,12 @@ impl VirtQueue {
             write_through: self.shared.write_through(),
         };
         let Parsed { status, body } = parser.parse(&self.chain)?;
+        let data_written = match &body {
+            Body::Answer { written, .. } => (*written).into(),
+            Body::Request { op: Op::Read, range, .. } => u64::from(range.length()),
+            Body::Request { .. } => 0,
+        };
+        self.note_written(slot, data_written);
         match body {
             Body::Answer { status: code, written } => {
                 self.put(slot, &status, code, written);
@@ -331,10 +372,38 @@ impl VirtQueue {
         }
     }
 
+    /// Notes where the chain that was just read has room for `data` bytes and its status.
+    fn note_written(&mut self, slot: u16, data: u64) {
+        let written = &mut self.written[usize::from(slot)];
+        written.clear();
+        let writable = self.chain.writable();
+        if !plant::is(Bug::UnloggedData) {
+            written.extend(part(writable, 0, data));
+        }
+        let last = writable.last().filter(|_| !plant::is(Bug::UnloggedStatus));
+        written.extend(last.map(|piece| (piece.address + u64::from(piece.length) - 1, 1)));
+    }
+
     /// Writes the status, then the used entry that counts it and the data before it.
     fn put(&mut self, slot: u16, status: &Place, code: u8, written: u32) {
         status.store_u8(0, code);
+        // The data, too, however it ended: some of it may be there.
+        let dirty = &self.shared.dirty;
+        if dirty.is_on() {
+            dirty.mark(self.written[usize::from(slot)].iter().copied());
+        }
         self.ring.put_used(slot, written + 1);
+    }
+
+    /// Marks the parts of the ring that we write, all of them: they are a few pages.
+    fn log_ring(&self) {
+        let dirty = &self.shared.dirty;
+        if dirty.is_on() && !plant::is(Bug::UnloggedRing) {
+            if let Some(told) = self.signals.log_address() {
+                dirty.mark(self.ring.written(told));
+            }
+            dirty.signal();
+        }
     }
 }
 
@@ -370,7 +439,12 @@ impl RequestQueue for VirtQueue {
     }
 
     fn publish(&mut self) {
-        if self.ring.publish() {
+        if !self.ring.has_unpublished() {
+            return;
+        }
+        let wanted = self.ring.publish();
+        self.log_ring();
+        if wanted {
             self.signals.ring_call();
         }
     }
@@ -384,17 +458,25 @@ impl RequestQueue for VirtQueue {
             return true;
         }
         // An error counts as an arrival: the next `take` reports it.
-        self.again.is_empty() && self.ring.ask_for_doorbell().is_ok_and(|count| count == 0)
+        if !self.again.is_empty() {
+            return false;
+        }
+        let arrived = self.ring.ask_for_doorbell();
+        self.log_ring();
+        arrived.is_ok_and(|count| count == 0)
     }
 
     fn after_sleep(&mut self) {
         self.kick.clear();
         if self.broken.is_none() {
             self.ring.decline_doorbell();
+            self.log_ring();
         }
     }
 }
 
+#[cfg(test)]
+mod logging;
 #[cfg(test)]
 mod packed_tests;
 #[cfg(test)]

@@ -51,6 +51,11 @@ impl Descriptor {
     }
 }
 
+/// Bytes of the used ring of a split ring.
+pub(crate) fn used_bytes(size: u16) -> u64 {
+    6 + u64::from(size) * 8
+}
+
 /// What is wrong with a ring. The guest's fault; the ring is of no more use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -128,6 +133,24 @@ impl Ring {
         match self {
             Ring::Split(ring) => ring.put_used(slot, length),
             Ring::Packed(ring) => ring.put_used(slot, length),
+        }
+    }
+
+    /// Whether something is used that the driver was not shown.
+    pub fn has_unpublished(&self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.has_unpublished(),
+            Ring::Packed(ring) => ring.has_unpublished(),
+        }
+    }
+
+    /// The parts of it that we write, guest-physical. `told`: where the frontend says that the
+    /// used ring is. Of a packed ring it tells one of two parts, and which is a matter of
+    /// opinion: we know both.
+    pub fn written(&self, told: u64) -> [(u64, u64); 2] {
+        match self {
+            Ring::Split(ring) => [(told, used_bytes(ring.size())), (0, 0)],
+            Ring::Packed(ring) => ring.written(),
         }
     }
 

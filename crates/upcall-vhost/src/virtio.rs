@@ -5,7 +5,9 @@ pub const RING_INDIRECT_DESC: u64 = 1 << 28;
 pub const RING_EVENT_IDX: u64 = 1 << 29;
 pub const VERSION_1: u64 = 1 << 32;
 pub const RING_PACKED: u64 = 1 << 34;
-/// vhost-user's own feature bit: there are protocol features to negotiate.
+/// vhost's own feature bits: what is written is logged; and, vhost-user's, there are protocol
+/// features to negotiate.
+pub const LOG_ALL: u64 = 1 << 26;
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
 /// Feature bits of block devices.

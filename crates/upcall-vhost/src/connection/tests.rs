@@ -22,6 +22,7 @@ const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
 const SET_MEM_TABLE: u32 = 5;
+const SET_LOG_BASE: u32 = 6;
 const SET_VRING_NUM: u32 = 8;
 const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_BASE: u32 = 10;
@@ -437,7 +438,7 @@ fn the_configuration_space_says_what_the_disk_is() {
 fn what_is_not_offered_is_refused() {
     type Say = fn(&Client);
     let cases: [(&str, Say); 9] = [
-        ("features", |c| c.send_u64(SET_FEATURES, 1 << 26)),
+        ("features", |c| c.send_u64(SET_FEATURES, 1 << 27)),
         ("features", |c| c.send_u64(SET_PROTOCOL_FEATURES, 1 << 16)),
         ("ring 2 of 2", |c| c.send_state(SET_VRING_NUM, 2, 16)),
         ("ring 4294967295 of 2", |c| c.send_state(GET_VRING_BASE, u32::MAX, 0)),
@@ -1006,4 +1007,115 @@ fn what_a_lost_worker_left_ends_before_the_frontend_hears_where_the_ring_stands(
     second.send_state(SET_VRING_ENABLE, 0, 0);
     assert_eq!(second.get_base(0), 4);
     assert_eq!(driver.reap().len(), 2, "all have ended");
+}
+
+/// SET_LOG_BASE, which is always answered.
+fn set_log(client: &Client, log: &LogFile) {
+    let body = [log.length(), 0].map(u64::to_le_bytes).concat();
+    client.send(SET_LOG_BASE, &body, &[log.fd()]);
+    client.receive(SET_LOG_BASE);
+}
+
+/// SET_VRING_ADDR as QEMU sends it while it logs.
+fn logged_address_message(driver: &Driver) -> Vec<u8> {
+    let [descriptors, available, used] = driver.user_addresses();
+    let flags_and_index = 1u64 << 32;
+    [flags_and_index, descriptors, used, available, used - USER_OFFSET]
+        .map(u64::to_le_bytes)
+        .concat()
+}
+
+#[test]
+fn logging_comes_and_goes_while_a_ring_runs() {
+    let client = Client::new();
+    let (kick, call) = doorbells();
+    client.greet();
+    client.send_u64(SET_FEATURES, LINUX);
+    client.send_fd(SET_VRING_CALL, 0, &call);
+    let memory = Arc::new(Memory::new(1 << 20));
+    client.add_memory(&memory);
+    let mut driver = Driver::new(memory.clone(), 16, true, 0);
+    client.start_ring(&driver, 16, 0, &kick);
+    let round = |driver: &mut Driver| {
+        let read = driver.submit(T_IN, 0, &[], 4096);
+        let before = memory.read(GUEST_BASE, 1 << 20);
+        kick.ring();
+        completion(driver, &call);
+        (changed_pages(&memory, &before), read)
+    };
+    let log = LogFile::new(GUEST_BASE + (1 << 20));
+    let said = Doorbell::new().unwrap();
+    round(&mut driver);
+    assert!(log.take().is_empty());
+
+    set_log(&client, &log);
+    send(&client.stream, &message(SET_LOG_FD, 1 | NEED_REPLY, &[]), &[said.as_fd()]).unwrap();
+    assert_eq!(client.receive(SET_LOG_FD), [0; 8]);
+    assert!(client.acknowledged(SET_FEATURES, &(LINUX | LOG_ALL).to_le_bytes(), &[]));
+    assert!(client.acknowledged(SET_VRING_ADDR, &logged_address_message(&driver), &[]));
+    log.take();
+    let (changed, read) = round(&mut driver);
+    // The device may still be going to sleep, which marks its ring.
+    client.send_state(SET_VRING_ENABLE, 0, 0);
+    client.send_state(SET_VRING_ENABLE, 0, 1);
+    client.get_u64(GET_FEATURES);
+    let marked = log.take();
+    assert!(changed.is_subset(&marked), "{changed:x?} and {marked:x?}");
+    assert!(marked.contains(&(read.status / 4096 * 4096)));
+    assert!(said.clear(), "the frontend is told that there are marks");
+    assert_eq!(client.calls(), ["start 0", "stop 0", "start 0"], "only our own stop");
+
+    assert!(client.acknowledged(SET_FEATURES, &LINUX.to_le_bytes(), &[]));
+    assert!(client.acknowledged(SET_VRING_ADDR, &address_message(&driver), &[]));
+    log.take();
+    round(&mut driver);
+    client.get_base(0);
+    assert!(log.take().is_empty(), "off is off");
+    assert_eq!(client.calls(), ["stop 0"]);
+    assert_eq!(client.end().unwrap(), Ended::PeerClosed);
+}
+
+#[test]
+fn a_ring_that_is_to_be_logged_waits_for_its_log() {
+    let client = Client::new();
+    let (kick, call) = doorbells();
+    client.greet();
+    client.send_u64(SET_FEATURES, LINUX | LOG_ALL);
+    client.send_fd(SET_VRING_CALL, 0, &call);
+    let memory = Arc::new(Memory::new(1 << 20));
+    client.add_memory(&memory);
+    let driver = Driver::new(memory.clone(), 16, true, 0);
+    client.start_ring(&driver, 16, 0, &kick);
+    client.send(SET_VRING_ADDR, &logged_address_message(&driver), &[]);
+    client.get_u64(GET_FEATURES);
+    assert!(client.calls().is_empty());
+    let log = LogFile::new(GUEST_BASE + (1 << 20));
+    set_log(&client, &log);
+    assert_eq!(client.calls(), ["start 0"]);
+    // Its used ring and what stands beside it.
+    assert_eq!(log.take().len(), 1);
+    assert_eq!(client.end().unwrap(), Ended::PeerClosed);
+}
+
+#[test]
+fn a_log_that_does_not_cover_the_memory_or_could_shrink_is_refused() {
+    let refused = |short: bool| {
+        let client = Client::new();
+        client.greet();
+        client.send_u64(SET_FEATURES, LINUX);
+        client.add_memory(&Memory::new(1 << 20));
+        let log = LogFile::new(if short { GUEST_BASE } else { GUEST_BASE + (1 << 20) });
+        let body = [log.length(), 0].map(u64::to_le_bytes).concat();
+        let unsealed = std::fs::File::from(
+            rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap(),
+        );
+        unsealed.set_len(log.length()).unwrap();
+        let fd = if short { log.fd() } else { unsealed.as_fd() };
+        client.send(SET_LOG_BASE, &body, &[fd]);
+        client.server.join().unwrap().unwrap_err().to_string()
+    };
+    let error = refused(true);
+    assert!(error.contains("covers guest addresses up to 0x40000000"), "{error}");
+    let error = refused(false);
+    assert!(error.contains("can be made shorter"), "{error}");
 }

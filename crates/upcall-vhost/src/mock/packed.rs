@@ -216,6 +216,10 @@ impl GuestDriver for PackedDriver {
         &self.memory
     }
 
+    fn used(&self) -> u64 {
+        self.device
+    }
+
     fn queue(&self, device: &Device) -> VirtQueue {
         // Where it began; a device that tracks what is in flight knows better.
         device.try_packed_queue(self, 0x8000, true).expect("a ring in memory")

@@ -93,13 +93,19 @@ struct Parts {
     descriptors: Place,
     driver: Place,
     device: Place,
+    /// Where those that we write are, guest-physical: descriptors, device.
+    written: [(u64, u64); 2],
 }
 
 impl Parts {
     fn find(memory: &GuestMemory, address: RingAddress, size: u16) -> Option<Parts> {
+        let ring_bytes = u64::from(size) * DESC_SIZE as u64;
         let parts = Parts {
-            descriptors: memory
-                .user_range(address.descriptors, u64::from(size) * DESC_SIZE as u64)?,
+            written: [
+                (memory.guest_address(address.descriptors, ring_bytes)?, ring_bytes),
+                (memory.guest_address(address.used, EVENT_SIZE)?, EVENT_SIZE),
+            ],
+            descriptors: memory.user_range(address.descriptors, ring_bytes)?,
             driver: memory.user_range(address.available, EVENT_SIZE)?,
             device: memory.user_range(address.used, EVENT_SIZE)?,
         };
@@ -297,6 +303,15 @@ impl PackedRing {
     /// [`publish`](Self::publish).
     pub fn put_used(&mut self, slot: u16, length: u32) {
         self.put.push((slot, length));
+    }
+
+    pub fn has_unpublished(&self) -> bool {
+        !self.put.is_empty()
+    }
+
+    /// Where we write, guest-physical.
+    pub fn written(&self) -> [(u64, u64); 2] {
+        self.parts.written
     }
 
     /// Shows the driver all that is used, one by one. Returns whether it wants to be

@@ -8,7 +8,7 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use super::{Descriptor, RingAddress, RingError};
+use super::{Descriptor, RingAddress, RingError, used_bytes};
 use crate::inflight::{RegionError, SplitTrack};
 use crate::memory::{GuestMemory, Place};
 use crate::plant::{self, Bug};
@@ -24,11 +24,11 @@ struct Parts {
 
 impl Parts {
     fn find(memory: &GuestMemory, address: RingAddress, size: u16) -> Option<Parts> {
-        let size = u64::from(size);
+        let entries = u64::from(size);
         let parts = Parts {
-            descriptors: memory.user_range(address.descriptors, size * DESC_SIZE as u64)?,
-            available: memory.user_range(address.available, 6 + size * 2)?,
-            used: memory.user_range(address.used, 6 + size * 8)?,
+            descriptors: memory.user_range(address.descriptors, entries * DESC_SIZE as u64)?,
+            available: memory.user_range(address.available, 6 + entries * 2)?,
+            used: memory.user_range(address.used, used_bytes(size))?,
         };
         // That the numbers are aligned is a matter of where they were mapped.
         parts.available.mapping.atomic_u16(parts.available.offset)?;
@@ -175,6 +175,10 @@ impl SplitRing {
         }
         self.put.push(head);
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    pub fn has_unpublished(&self) -> bool {
+        self.next_used != self.published
     }
 
     /// Shows the driver all used entries. Returns whether it wants to be signalled.
