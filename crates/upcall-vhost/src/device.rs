@@ -40,6 +40,17 @@ const LEFT_INTERVAL: Duration = Duration::from_millis(1);
 /// Who runs the queues: the worker. All calls come from the thread that is in
 /// [`serve_connection`](crate::serve_connection).
 pub trait QueueHost {
+    /// Rings are about to start, and none ran: may they? Blocks while another connection's
+    /// rings run: two guests must not use a disk at once, and of one that reconnects the old
+    /// connection must have ended. False: they never may, as the connection is about to end.
+    fn claim(&mut self) -> bool {
+        true
+    }
+
+    /// No ring runs any more, and the frontend knows: another connection's may start. Also
+    /// called without a [`claim`](Self::claim).
+    fn release(&mut self) {}
+
     /// A ring starts: serve it, on a thread of its own, from now on. Also when it broke:
     /// keep it until [`stop`](Self::stop).
     fn start(&mut self, index: u16, queue: VirtQueue);
@@ -140,6 +151,8 @@ pub(crate) struct Device<'a> {
     offered_channel: Option<OwnedFd>,
     /// Where what is in flight is kept for who comes after us.
     inflight: Option<Inflight>,
+    /// The host lets our rings run.
+    claimed: bool,
 }
 
 type Answer<T = ()> = Result<T, Refusal>;
@@ -161,6 +174,7 @@ impl<'a> Device<'a> {
             channel,
             offered_channel: None,
             inflight: None,
+            claimed: false,
         }
     }
 
@@ -219,6 +233,14 @@ impl<'a> Device<'a> {
         Ok(())
     }
 
+    /// After a message that may leave no ring running for longer than itself.
+    fn release_if_idle(&mut self) {
+        if self.claimed && self.running().is_empty() {
+            self.claimed = false;
+            self.host.release();
+        }
+    }
+
     fn stop_all(&mut self) {
         for at in 0..self.rings.len() {
             self.stop(at);
@@ -236,6 +258,11 @@ impl<'a> Device<'a> {
         // What is written before the log is there would be in none.
         let unlogged = self.features & LOG_ALL != 0 && self.shared.dirty.covers().is_none();
         if !enabled || ring.running || unlogged {
+            return Ok(());
+        }
+        // Before anything of the ring is looked at: somebody else may be writing it.
+        self.claimed = self.claimed || self.host.claim();
+        if !self.claimed {
             return Ok(());
         }
         let index = at as u16;
@@ -455,6 +482,7 @@ impl Drop for Device<'_> {
             self.host.disconnected();
         }
         self.stop_all();
+        self.release_if_idle();
     }
 }
 
@@ -494,6 +522,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         for ring in &mut self.rings {
             *ring = Ring::default();
         }
+        self.release_if_idle();
         Ok(())
     }
 
@@ -603,6 +632,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
             self.finish_left(at)?;
             Ok(at)
         });
+        self.release_if_idle();
         let at = self.answer(answer)?;
         // A stopped ring needs a new kick descriptor to start.
         self.rings[at].kick = None;
@@ -644,6 +674,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
                 self.start_if_ready(at)
             } else {
                 self.stop(at);
+                self.release_if_idle();
                 Ok(())
             }
         });
@@ -672,6 +703,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     fn reset_device(&mut self) -> Result<(), Error> {
         self.host.reset();
         self.stop_all();
+        self.release_if_idle();
         for ring in &mut self.rings {
             *ring = Ring::default();
         }

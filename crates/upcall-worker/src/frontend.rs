@@ -1,13 +1,20 @@
-//! A disk's frontend: one thread that accepts connections, one after the other, and hands
-//! queues to the queue threads as the hypervisor starts and stops them.
+//! A disk's frontend: a thread that accepts connections, and one for each that hands queues to
+//! the queue threads as its hypervisor starts and stops them.
+//!
+//! Two hypervisors may be connected at once, while a guest moves from one to the other. Always
+//! true: the rings of one connection run at a time; those of another wait until the first
+//! has stopped its own, and heard of it.
 
 use std::any::Any;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use std::os::fd::AsFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use upcall_ring::Doorbell;
 use upcall_vhost::{BlkConfig, Ended, Listener, QueueHost, Stopped, VirtQueue, serve_connection};
 
@@ -15,6 +22,14 @@ use crate::config::{LogLevel, LogSink};
 use crate::engine::Command;
 use crate::hosts::EngineHandle;
 use crate::worker::StoppingQueue;
+
+/// Most connections at a time: who moves needs two, who reconnects may have one more that we
+/// have not seen end. Others wait.
+const CONNECTIONS_MAX: usize = 4;
+/// How often somebody who waits for something looks whether it is still worth it.
+const WAIT_INTERVAL: Duration = Duration::from_millis(20);
+/// How long somebody else's rings may be in the way before that is said.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// See the module.
 /// Dropping it ends the connection, its queues first, and removes the socket.
@@ -37,15 +52,20 @@ impl Frontend {
     ) -> std::io::Result<Frontend> {
         let shutdown = Doorbell::new()?;
         let socket = listener.path().map(Path::to_owned);
-        let accepting =
-            Accepting { disk, listener, config: config.clone(), shutdown: shutdown.clone(), log };
         let ending = Arc::new(AtomicBool::new(false));
-        let stopping = engines.iter().map(|_| None).collect();
-        let started = vec![false; engines.len()];
-        let mut queues = Queues { engines, drain_ms, ending: ending.clone(), started, stopping };
-        let name = format!("vhost-{}", accepting.disk);
-        let thread =
-            std::thread::Builder::new().name(name).spawn(move || accepting.run(&mut queues))?;
+        let say = Say { disk, log };
+        let name = format!("vhost-{}", say.disk);
+        let accepting = Accepting {
+            listener,
+            config: config.clone(),
+            shutdown: shutdown.clone(),
+            ending: ending.clone(),
+            engines,
+            drain_ms,
+            turn: Arc::default(),
+            say,
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(move || accepting.run())?;
         Ok(Frontend { shutdown, ending, thread: Some(thread), socket, config })
     }
 
@@ -74,44 +94,131 @@ impl Drop for Frontend {
     }
 }
 
-struct Accepting {
+/// Says something of a disk.
+#[derive(Clone)]
+struct Say {
     disk: Arc<str>,
-    listener: Listener,
-    config: Arc<BlkConfig>,
-    shutdown: Doorbell,
     log: LogSink,
 }
 
-impl Accepting {
-    fn run(&self, queues: &mut Queues) {
-        loop {
-            let stream = match self.listener.accept(self.shutdown.as_fd()) {
-                Ok(Some(stream)) => stream,
-                Ok(None) => return,
-                Err(error) => {
-                    self.say(
-                        LogLevel::Error,
-                        &format!("no more connections can be taken: {error}; serve it anew"),
-                    );
-                    return;
-                }
-            };
-            self.say(LogLevel::Info, "a frontend connected");
-            match serve_connection(stream, self.config.clone(), queues, self.shutdown.as_fd()) {
-                Ok(Ended::PeerClosed) => self.say(LogLevel::Info, "the frontend disconnected"),
-                Ok(Ended::ShutDown) => return,
-                Err(error) => self.say(LogLevel::Warn, &format!("the connection ended: {error}")),
-            }
-        }
-    }
-
+impl Say {
     fn say(&self, level: LogLevel, text: &str) {
         (self.log)(level, &format!("disk {}: {text}", self.disk));
     }
 }
 
-/// The queue threads of a disk, as its connection sees them.
+struct Accepting {
+    listener: Listener,
+    config: Arc<BlkConfig>,
+    shutdown: Doorbell,
+    ending: Arc<AtomicBool>,
+    engines: Vec<EngineHandle>,
+    drain_ms: u64,
+    turn: Arc<Turn>,
+    say: Say,
+}
+
+impl Accepting {
+    /// Returns once all connections have ended.
+    fn run(&self) {
+        let mut connections: Vec<JoinHandle<()>> = Vec::new();
+        let mut number = 0;
+        while let Some(stream) = self.accept() {
+            number += 1;
+            match self.serve(stream, number) {
+                Ok(connection) => connections.push(connection),
+                Err(error) => {
+                    let text = format!("a frontend is turned away: {error}");
+                    self.say.say(LogLevel::Error, &text);
+                }
+            }
+            connections.retain(|connection| !connection.is_finished());
+            while connections.len() >= CONNECTIONS_MAX && !self.ending.load(Ordering::SeqCst) {
+                std::thread::sleep(WAIT_INTERVAL);
+                connections.retain(|connection| !connection.is_finished());
+            }
+        }
+        // One that panicked has said so.
+        connections.into_iter().for_each(|connection| drop(connection.join()));
+    }
+
+    fn accept(&self) -> Option<UnixStream> {
+        self.listener.accept(self.shutdown.as_fd()).unwrap_or_else(|error| {
+            let text = format!("no more connections can be taken: {error}; serve it anew");
+            self.say.say(LogLevel::Error, &text);
+            None
+        })
+    }
+
+    fn serve(&self, stream: UnixStream, number: u64) -> std::io::Result<JoinHandle<()>> {
+        let mut queues = Queues {
+            turn: self.turn.clone(),
+            number,
+            stream: stream.try_clone()?,
+            say: self.say.clone(),
+            drain_ms: self.drain_ms,
+            ending: self.ending.clone(),
+            started: vec![false; self.engines.len()],
+            stopping: self.engines.iter().map(|_| None).collect(),
+            engines: self.engines.clone(),
+        };
+        let (config, shutdown, say) =
+            (self.config.clone(), self.shutdown.clone(), self.say.clone());
+        say.say(LogLevel::Info, "a frontend connected");
+        let name = format!("vhost{number}-{}", say.disk);
+        std::thread::Builder::new().name(name).spawn(move || {
+            match serve_connection(stream, config, &mut queues, shutdown.as_fd()) {
+                Ok(Ended::PeerClosed) => say.say(LogLevel::Info, "the frontend disconnected"),
+                Ok(Ended::ShutDown) => {}
+                Err(error) => say.say(LogLevel::Warn, &format!("the connection ended: {error}")),
+            }
+        })
+    }
+}
+
+/// Whose rings may run: the number of a connection, if it has any.
+#[derive(Default)]
+struct Turn {
+    of: Mutex<Option<u64>>,
+    free: Condvar,
+}
+
+impl Turn {
+    fn lock(&self) -> MutexGuard<'_, Option<u64>> {
+        self.of.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it is nobody's, and takes it; gives up when `is_over` says so.
+    fn take(&self, number: u64, mut is_over: impl FnMut() -> bool) -> bool {
+        let mut of = self.lock();
+        while of.is_some_and(|other| other != number) {
+            if is_over() {
+                return false;
+            }
+            let waited = self.free.wait_timeout(of, WAIT_INTERVAL);
+            (of, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        *of = Some(number);
+        true
+    }
+
+    fn give_back(&self, number: u64) {
+        let mut of = self.lock();
+        if *of == Some(number) {
+            *of = None;
+            self.free.notify_all();
+        }
+    }
+}
+
+/// The queue threads of a disk, as a connection sees them.
 struct Queues {
+    turn: Arc<Turn>,
+    /// The connection's.
+    number: u64,
+    /// The connection, to see whether it has ended.
+    stream: UnixStream,
+    say: Say,
     engines: Vec<EngineHandle>,
     /// How long requests that filters hold may take when a ring stops.
     drain_ms: u64,
@@ -122,7 +229,31 @@ struct Queues {
     stopping: Vec<Option<StoppingQueue>>,
 }
 
+fn has_hung_up(stream: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(stream, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
 impl QueueHost for Queues {
+    fn claim(&mut self) -> bool {
+        let began = std::time::Instant::now();
+        let mut is_said = false;
+        self.turn.take(self.number, || {
+            if !is_said && began.elapsed() > PATIENCE {
+                is_said = true;
+                let text = "a frontend wants to start while another one's guest uses the disk: \
+                            it waits until that one stops or disconnects";
+                self.say.say(LogLevel::Warn, text);
+            }
+            self.ending.load(Ordering::SeqCst) || has_hung_up(self.stream.as_fd())
+        })
+    }
+
+    fn release(&mut self) {
+        self.turn.give_back(self.number);
+    }
+
     fn start(&mut self, index: u16, queue: VirtQueue) {
         self.started[usize::from(index)] = true;
         self.engines[usize::from(index)].send(Command::Start(Box::new(queue)));
@@ -170,6 +301,10 @@ mod tests {
             })
             .unzip();
         let mut queues = Queues {
+            turn: Arc::default(),
+            number: 1,
+            stream: UnixStream::pair().unwrap().0,
+            say: Say { disk: "disk".into(), log: Arc::new(|_, _| {}) },
             engines,
             drain_ms,
             ending: Arc::default(),
@@ -231,5 +366,23 @@ mod tests {
         queues.disconnected();
         assert!(matches!(receivers[0].try_recv(), Ok(Command::Stop { drain_ms: 0, .. })));
         assert!(receivers[1].try_recv().is_err(), "it has stopped already");
+    }
+
+    #[test]
+    fn one_connections_rings_run_at_a_time_and_who_gives_up_gets_none() {
+        let turn = Turn::default();
+        assert!(turn.take(1, || true));
+        assert!(turn.take(1, || panic!("it has it already")));
+        assert!(!turn.take(2, || true));
+        turn.give_back(2);
+        assert!(!turn.take(2, || true), "it was not its own to give back");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| turn.take(2, || false));
+            std::thread::sleep(WAIT_INTERVAL * 2);
+            assert!(!waiting.is_finished());
+            turn.give_back(1);
+            assert!(waiting.join().unwrap());
+        });
+        assert!(!turn.take(1, || true));
     }
 }
