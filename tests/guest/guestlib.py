@@ -169,7 +169,7 @@ class Guest:
     @classmethod
     def start(cls, directory, *, disks=(), plain=(), segments=("fs", "fio"),
               image=None, memory=None, cpus=None, machine=None, append="",
-              reconnect=1, reboot=False, disk_wait=10, extra=()):
+              reconnect=1, reboot=False, incoming=False, disk_wait=10, extra=()):
         """Starts QEMU and returns at once; wait_ready() waits for the boot."""
         guest = cls(directory)
         os.makedirs(guest.directory, exist_ok=True)
@@ -191,7 +191,7 @@ class Guest:
         image = image_directory(image)
         make_initrd(image, segments, guest.path("initrd"))
         command = guest.command_line(image, disks, plain, memory, cpus, machine,
-                                     append, reconnect, reboot, extra)
+                                     append, reconnect, reboot, incoming, extra)
         with open(guest.path("guest.json"), "w", encoding="utf-8") as out:
             json.dump({"command": command}, out, indent=1)
         with open(guest.path("qemu.log"), "w", encoding="utf-8") as log:
@@ -207,7 +207,7 @@ class Guest:
         return guest
 
     def command_line(self, image, disks, plain, memory, cpus, machine,
-                     append, reconnect, reboot, extra):
+                     append, reconnect, reboot, incoming, extra):
         memory = memory or env("RIG_MEMORY", "768M")
         cpus = cpus or env("RIG_CPUS", "2")
         machine = machine or env("RIG_MACHINE", "pc")
@@ -271,6 +271,8 @@ class Guest:
                 "-drive", ",".join([f"file={path},if=none,id={name}", *kept]),
                 "-device", ",".join([f"virtio-blk-pci,id={name},drive={name},addr={slot:#x}", *rest])]
             slot += 1
+        if incoming:
+            command += ["-incoming", "defer"]
         command += list(extra)
         command += shlex.split(env("RIG_QEMU_ARGS", ""))
         return command
@@ -334,6 +336,44 @@ class Guest:
     def qmp(self, command, arguments=None, timeout=10):
         with Qmp(self.path("ctl.sock"), timeout) as qmp:
             return qmp.execute(command, arguments)
+
+    def migrate(self, target, timeout=120, parameters=None, cancel_at=None, while_it_runs=None):
+        """Migrates to a guest started with incoming=True; returns the last query-migrate.
+        With cancel_at, cancels when so many bytes were transferred: then this guest goes on.
+        while_it_runs() is called once, after the same number of bytes or at once."""
+        uri = "unix:" + target.path("migrate.sock")
+        target.qmp("migrate-incoming", {"uri": uri})
+        self.close()
+        with Qmp(self.path("ctl.sock")) as qmp:
+            if parameters:
+                qmp.execute("migrate-set-parameters", parameters)
+            qmp.execute("migrate", {"uri": uri})
+            deadline = time.monotonic() + timeout
+            while True:
+                status = qmp.execute("query-migrate")
+                state = status.get("status")
+                if state == "completed":
+                    break
+                if state in ("failed", "cancelled"):
+                    if state == "cancelled" and cancel_at is not None:
+                        return status
+                    raise RigError(f"migration {state}: {status.get('error-desc', '')}")
+                sent = status.get("ram", {}).get("transferred", 0)
+                if while_it_runs and state == "active" and sent > 0:
+                    while_it_runs()
+                    while_it_runs = None
+                if time.monotonic() > deadline or cancel_at is not None and sent > cancel_at:
+                    qmp.execute("migrate_cancel")
+                    if cancel_at is None:
+                        raise RigTimeout(f"migration: not within {timeout:g} s ({status})")
+                time.sleep(0.1)
+        if cancel_at is not None:
+            raise RigError("the migration was over before it could be cancelled")
+
+        def running():
+            return target.qmp("query-status")["status"] == "running"
+        wait_until(running, 30, "start of the target guest", 0.1)
+        return status
 
     def blocked_tasks(self):
         """Has the guest print its blocked tasks on the console (SysRq-w)."""

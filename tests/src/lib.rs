@@ -41,7 +41,7 @@ pub use memory::SharedMemory;
 pub use message::{Connection, Message, request};
 pub use pattern::Pattern;
 pub use raw::{
-    BlockConfig, Descriptor, Part, RawClient, RawOptions, Used, feature, header, kind, range,
+    BlockConfig, Descriptor, Log, Part, RawClient, RawOptions, Used, feature, header, kind, range,
     status,
 };
 pub use reference::Reference;

@@ -7,9 +7,9 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering, fence};
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const NAME: &CStr = c"upcall-test-guest";
@@ -31,7 +31,18 @@ unsafe impl Sync for SharedMemory {}
 impl SharedMemory {
     /// `length` bytes of zeroes.
     pub fn new(length: usize) -> SharedMemory {
-        let fd = memfd_create(NAME, MemfdFlags::CLOEXEC).unwrap();
+        SharedMemory::map(memfd_create(NAME, MemfdFlags::CLOEXEC).unwrap(), length)
+    }
+
+    /// As [`new`](Self::new), of a size that nobody can change.
+    pub fn sealed(length: usize) -> SharedMemory {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let memory = SharedMemory::map(memfd_create(NAME, flags).unwrap(), length);
+        fcntl_add_seals(&memory.fd, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        memory
+    }
+
+    fn map(fd: OwnedFd, length: usize) -> SharedMemory {
         ftruncate(&fd, length as u64).unwrap();
         // SAFETY: a new mapping at an address of the kernel's choice aliases nothing.
         let base = unsafe {
@@ -102,6 +113,13 @@ impl SharedMemory {
     pub fn store_u16(&self, offset: usize, value: u16) {
         self.atomic(offset).store(value.to_le(), Ordering::Release);
         fence(Ordering::SeqCst);
+    }
+
+    /// Puts a byte in the place of another, at once.
+    pub fn swap_u8(&self, offset: usize, value: u8) -> u8 {
+        let place = self.pointer(offset, 1);
+        // SAFETY: in the mapping; other processes use it as atomics, too.
+        unsafe { AtomicU8::from_ptr(place) }.swap(value, Ordering::AcqRel)
     }
 
     fn atomic(&self, offset: usize) -> &AtomicU16 {

@@ -23,6 +23,7 @@ pub mod request {
     pub const SET_OWNER: u32 = 3;
     pub const RESET_OWNER: u32 = 4;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -147,7 +148,17 @@ impl Connection {
 
     /// Sends a request that has a reply of its own, and waits for it.
     pub fn ask(&self, request: u32, payload: &[u8]) -> io::Result<Message> {
-        self.send(request, 0, payload, &[])?;
+        self.ask_with(request, payload, &[])
+    }
+
+    /// As [`ask`](Self::ask), with descriptors.
+    pub fn ask_with(
+        &self,
+        request: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> io::Result<Message> {
+        self.send(request, 0, payload, fds)?;
         let reply = self.receive()?;
         if reply.request != request || reply.flags & REPLY == 0 {
             return Err(bad("not the reply to this request"));

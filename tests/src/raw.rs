@@ -21,8 +21,11 @@ use crate::driver::is_readable;
 use crate::memory::SharedMemory;
 use crate::message::{Connection, request};
 
+mod logging;
 mod packed;
 mod reconnect;
+
+pub use logging::Log;
 
 /// Feature bits of virtio and of virtio-blk.
 #[allow(missing_docs)]
@@ -259,6 +262,7 @@ impl RawClient {
         if offered & wanted != wanted {
             return Err(io::Error::other("the server lacks MQ, REPLY_ACK or CONFIG"));
         }
+        let wanted = wanted | offered & logging::LOG_SHMFD;
         connection.command(request::SET_PROTOCOL_FEATURES, &wanted.to_le_bytes(), &[])?;
         connection.acks = true;
         connection.command(request::SET_FEATURES, &features.to_le_bytes(), &[])?;
@@ -333,20 +337,26 @@ impl RawClient {
     pub fn start(&mut self, queue: usize, base: u16) -> io::Result<()> {
         let ring = &self.rings[queue];
         let index = queue as u32;
-        let user = |offset: usize| self.memory.address() + offset as u64;
         self.vring_state(request::SET_VRING_NUM, index, u32::from(ring.size))?;
         self.vring_state(request::SET_VRING_BASE, index, self.whole_base(base))?;
-        let mut payload = Vec::new();
-        payload.extend_from_slice(&index.to_le_bytes());
-        payload.extend_from_slice(&0u32.to_le_bytes());
-        for address in [user(ring.descriptors), user(ring.used), user(ring.avail), 0] {
-            payload.extend_from_slice(&address.to_le_bytes());
-        }
-        self.connection.command(request::SET_VRING_ADDR, &payload, &[])?;
+        self.send_ring_address(queue, false)?;
         let index_bytes = u64::from(index).to_le_bytes();
         self.connection.command(request::SET_VRING_CALL, &index_bytes, &[ring.call.as_fd()])?;
         self.connection.command(request::SET_VRING_KICK, &index_bytes, &[ring.kick.as_fd()])?;
         self.vring_state(request::SET_VRING_ENABLE, index, 1)
+    }
+
+    /// Says where a queue's ring is, and whether what is written there is to be logged.
+    fn send_ring_address(&self, queue: usize, logged: bool) -> io::Result<()> {
+        let ring = &self.rings[queue];
+        let user = |offset: usize| self.memory.address() + offset as u64;
+        let mut payload = (queue as u32).to_le_bytes().to_vec();
+        payload.extend_from_slice(&u32::from(logged).to_le_bytes());
+        let log = self.guest(ring.used);
+        for address in [user(ring.descriptors), user(ring.used), user(ring.avail), log] {
+            payload.extend_from_slice(&address.to_le_bytes());
+        }
+        self.connection.command(request::SET_VRING_ADDR, &payload, &[])
     }
 
     /// Stops a queue; what was in flight has ended when this returns. Gives the index of

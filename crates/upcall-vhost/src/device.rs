@@ -60,6 +60,12 @@ pub trait QueueHost {
     /// be gone for good once this returns, but for what the frontend still shares.
     fn stop(&mut self, index: u16) -> Stopped;
 
+    /// What is written to the guest's memory is logged from now on, or no more: the frontend
+    /// copies it elsewhere, as when a guest migrates.
+    fn logging(&mut self, on: bool) {
+        let _ = on;
+    }
+
     /// The frontend is gone; the queues that run are stopped next. Nobody waits for answers
     /// any more: what is held up may be cancelled. Not called when we end the connection:
     /// then the guest still waits, and what was taken should end well.
@@ -383,6 +389,9 @@ impl<'a> Device<'a> {
     fn switch_logging(&mut self) {
         let dirty = &self.shared.dirty;
         let on = self.features & LOG_ALL != 0 && dirty.covers().is_some();
+        if on != dirty.is_on() {
+            self.host.logging(on);
+        }
         if !dirty.set_on(on) {
             self.stop_all();
         }

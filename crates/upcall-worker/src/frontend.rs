@@ -274,6 +274,14 @@ impl QueueHost for Queues {
         }
     }
 
+    fn logging(&mut self, on: bool) {
+        let text = match on {
+            true => "its guest's memory is copied elsewhere (a migration): writes to it are logged",
+            false => "its guest's memory is no longer copied: writes to it are not logged",
+        };
+        self.say.say(LogLevel::Info, text);
+    }
+
     fn disconnected(&mut self) {
         // Nobody waits for what filters hold, unless it is we who go.
         let drain_ms = if self.ending.load(Ordering::SeqCst) { self.drain_ms } else { 0 };

@@ -46,7 +46,7 @@ impl RawClient {
     }
 
     fn try_reconnect(&mut self, path: &Path) -> io::Result<()> {
-        // The server serves one connection at a time: the old one must be gone.
+        // Queues start only once the old connection is gone.
         self.connection = Connection::open(path)?;
         let connection = &mut self.connection;
         connection.command(request::SET_OWNER, &[], &[])?;
