@@ -46,7 +46,7 @@ fn each_written_page_is_marked(chain: &[Filter], packed: bool) {
     let mut client = RawClient::connect(&disk.socket, options).unwrap();
     let mut rng = Rng::new(7);
     let log = client.start_logging().unwrap();
-    for _ in 0..40 {
+    for _ in 0..12 {
         let (chain, status_at) = prepare(&mut client, &mut rng);
         let before = client.memory().copy(0, client.memory().len());
         let mut marked = log.take();

@@ -118,6 +118,9 @@ pub enum Refusal {
     /// A log of what we write was not accepted, or does not cover it.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// Rings were to start while others ran, and either side ended before they could.
+    #[error("rings cannot start: this end or the frontend's is closing")]
+    Ending,
     /// A message of a protocol feature that was not offered.
     #[error("{0} was not offered")]
     NotOffered(&'static str),
@@ -239,9 +242,16 @@ impl<'a> Device<'a> {
         Ok(())
     }
 
-    /// After a message that may leave no ring running for longer than itself.
+    /// After a message that may leave no ring running for longer than itself. A ring in which
+    /// something of a worker before us is left runs again when its position is asked for.
     fn release_if_idle(&mut self) {
-        if self.claimed && self.running().is_empty() {
+        if self.rings.iter().all(|ring| !ring.running && !ring.left) {
+            self.release();
+        }
+    }
+
+    fn release(&mut self) {
+        if self.claimed {
             self.claimed = false;
             self.host.release();
         }
@@ -269,7 +279,7 @@ impl<'a> Device<'a> {
         // Before anything of the ring is looked at: somebody else may be writing it.
         self.claimed = self.claimed || self.host.claim();
         if !self.claimed {
-            return Ok(());
+            return Err(Refusal::Ending);
         }
         let index = at as u16;
         let event_idx = self.features & RING_EVENT_IDX != 0;
@@ -491,7 +501,7 @@ impl Drop for Device<'_> {
             self.host.disconnected();
         }
         self.stop_all();
-        self.release_if_idle();
+        self.release();
     }
 }
 
@@ -531,7 +541,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
         for ring in &mut self.rings {
             *ring = Ring::default();
         }
-        self.release_if_idle();
+        self.release();
         Ok(())
     }
 
@@ -712,7 +722,7 @@ impl VhostUserBackendReqHandlerMut for Device<'_> {
     fn reset_device(&mut self) -> Result<(), Error> {
         self.host.reset();
         self.stop_all();
-        self.release_if_idle();
+        self.release();
         for ring in &mut self.rings {
             *ring = Ring::default();
         }

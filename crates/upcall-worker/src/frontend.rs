@@ -239,15 +239,23 @@ impl QueueHost for Queues {
     fn claim(&mut self) -> bool {
         let began = std::time::Instant::now();
         let mut is_said = false;
-        self.turn.take(self.number, || {
+        let (say, ending, stream) = (&self.say, &self.ending, self.stream.as_fd());
+        let is_over = || ending.load(Ordering::SeqCst) || has_hung_up(stream);
+        let has_turn = self.turn.take(self.number, || {
             if !is_said && began.elapsed() > PATIENCE {
                 is_said = true;
                 let text = "a frontend wants to start while another one's guest uses the disk: \
                             it waits until that one stops or disconnects";
-                self.say.say(LogLevel::Warn, text);
+                say.say(LogLevel::Warn, text);
             }
-            self.ending.load(Ordering::SeqCst) || has_hung_up(self.stream.as_fd())
-        })
+            is_over()
+        });
+        if has_turn && is_over() {
+            // What was in the way ended, and so do we: it is not to begin now.
+            self.turn.give_back(self.number);
+            return false;
+        }
+        has_turn
     }
 
     fn release(&mut self) {

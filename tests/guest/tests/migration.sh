@@ -13,7 +13,7 @@ serve --restart --restart-pause-ms 100 --log-level info \
     --filter "disk=d,file=$(c_filter trace)" --filter "disk=d,file=$(c_filter xor)"
 
 start() { # VM [OPTION...]
-    "$rig/guest-ctl" start "$1" "${@:2}" --with fs --with fio --memory 320M \
+    "$rig/guest-ctl" start "$1" "${@:2}" --with fs --with fio --memory 640M \
         --disk "$scratch/d.sock,num-queues=2"
 }
 here=$scratch/v0
@@ -49,6 +49,12 @@ GUEST
     </dev/null >/dev/null 2>&1 &'
 sleep 3
 
+# The load still runs.
+runs() {
+    "$rig/guest-ctl" exec "$here" -c '[ -e /tmp/load.status ] || exit 0
+        cat /tmp/load.log; dmesg | tail -n 5; exit 1' || die "the guest's load has ended"
+}
+
 # move NUMBER [OPTION...]: to a new QEMU; prints what QEMU says of it.
 move() {
     local there=$scratch/v$1
@@ -65,7 +71,7 @@ for ((i = 1; i <= moves; i++)); do
         move 8 --cancel-at 40000000
         grep -q '"cancelled"' "$scratch/moved" || die "it was not cancelled"
         "$rig/guest-ctl" kill "$scratch/v8"
-        "$rig/guest-ctl" exec "$here" -c '[ ! -e /tmp/load.status ]' || die "the load has ended"
+        runs
         move "$i"
         ;;
     4)
@@ -77,7 +83,7 @@ for ((i = 1; i <= moves; i++)); do
     # The source is left as who moves leaves it: stopped, and then ended.
     "$rig/guest-ctl" stop "$here"
     here=$scratch/v$i
-    "$rig/guest-ctl" exec "$here" -c '[ ! -e /tmp/load.status ]' || die "the load has ended"
+    runs
 done
 
 "$rig/guest-ctl" exec "$here" --timeout 120 -c 'touch /tmp/stop
