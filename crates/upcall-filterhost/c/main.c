@@ -15,11 +15,37 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* Enough that queue threads rarely meet in malloc. */
 #define MALLOC_ARENAS 8
+
+/* As bounds.rs has it. */
+#define STACK_BYTES (8u << 20)
+
+/*
+ * The one bound that our parent cannot set: the kernel keeps the limit of stacks from before
+ * exec and puts it back at the end of it, when the parent goes on already. The C library has
+ * taken it for the stacks of threads by now.
+ */
+static void bound_stacks(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_STACK, &limit) == 0) {
+        if (limit.rlim_max > STACK_BYTES)
+            limit.rlim_max = STACK_BYTES;
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_STACK, &limit);
+    }
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0)
+        return;
+    if (pthread_attr_setstacksize(&attributes, STACK_BYTES) == 0)
+        pthread_setattr_default_np(&attributes);
+    pthread_attr_destroy(&attributes);
+}
 
 int main(void) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -30,6 +56,13 @@ int main(void) {
 
     /* Said here, malloc need not read the number of processors from /sys once there are threads. */
     mallopt(M_ARENA_MAX, MALLOC_ARENAS);
+
+    /* What our parent was started with and did not mean for us. Nothing is open yet but those. */
+    if (syscall(SYS_close_range, WIRE_FILTER_FD + 1, ~0u, 0u) != 0) {
+        perror("upcall-filterhost: cannot close descriptors that it was not given (Linux 5.9?)");
+        return 1;
+    }
+    bound_stacks();
 
     int type = 0;
     socklen_t length = sizeof(type);

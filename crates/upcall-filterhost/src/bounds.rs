@@ -1,7 +1,8 @@
 //! What a filter host may use of the machine.
 //!
-//! Always true: a filter host runs under these bounds from its first instruction, and once
-//! [`impose`] was called it can no longer raise them (unless it has CAP_SYS_RESOURCE). What it
+//! Always true: a filter host runs under these bounds before it hears of its filter, and once
+//! [`impose`] was called it can no longer raise them (it gives up what it would need for that:
+//! `confine.c`). What it
 //! wants beyond them fails in the filter host, with ENOMEM, EAGAIN or EMFILE, and nowhere else.
 //!
 //! The bounds are resource limits of the kernel. RLIMIT_DATA counts private writable memory,
@@ -10,7 +11,7 @@
 
 use std::io;
 
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use upcall_abi::control::DESCRIPTORS_MAX;
 
@@ -52,23 +53,22 @@ impl Default for Bounds {
     }
 }
 
-/// The stack of a thread, if it does not ask for another one.
+/// The stack of a thread, if it does not ask for another one: as main.c says.
 const STACK_BYTES: u64 = 8 << 20;
 /// Threads of the filter host itself: for blocking work (8), timers, and one to spare.
 const OWN_THREADS: u64 = 10;
 const LOCKED_BYTES: u64 = 64 << 10;
 
-/// In the child, before it executes: makes system calls only. The bounds that depend on what
-/// it will be given can still be raised, by [`impose`].
-pub(crate) fn begin() -> io::Result<()> {
-    for (resource, most) in
-        [(Resource::Core, 0), (Resource::Memlock, LOCKED_BYTES), (Resource::Stack, STACK_BYTES)]
-    {
-        setrlimit(resource, fixed(resource, most))?;
+/// Bounds our child `pid`, which has just begun. The bounds that depend on what it will be
+/// given can still be raised, by [`impose`].
+pub(crate) fn begin(pid: Pid) -> io::Result<()> {
+    // That of stacks it sets itself, see main.c.
+    for (resource, most) in [(Resource::Core, 0), (Resource::Memlock, LOCKED_BYTES)] {
+        prlimit(Some(pid), resource, fixed(resource, most))?;
     }
     for (resource, most) in of(&Bounds::default()) {
         let maximum = getrlimit(resource).maximum;
-        setrlimit(resource, Rlimit { maximum, ..fixed(resource, most) })?;
+        prlimit(Some(pid), resource, Rlimit { maximum, ..fixed(resource, most) })?;
     }
     Ok(())
 }

@@ -433,7 +433,7 @@ impl HostProcess {
     /// Its process; `None` for an inline one.
     pub fn process_id(&self) -> Option<u32> {
         match &self.engine {
-            Engine::Isolated(child) => Some(child.id()),
+            Engine::Isolated(child) => Some(child.id() as u32),
             Engine::Inline(_) => None,
         }
     }

@@ -3,20 +3,28 @@
 //! The program is embedded in this one and executed from a sealed memfd, so it can neither
 //! be missing, nor of another version, nor be changed. The new process has an empty
 //! environment, its own process group (a Ctrl-C for us is not one for it: we drain first),
-//! and exactly these descriptors: 0 `/dev/null`, 1 and 2 our standard error, 3 the control
-//! socket, 4 the filter. From its first instruction it is bounded, see `bounds.rs`.
+//! and these descriptors: 0 `/dev/null`, 1 and 2 our standard error, 3 the control socket, 4
+//! the filter; it closes any other first. Before it hears of the filter it is bounded, see
+//! `bounds.rs`.
+//!
+//! It is started without a copy of this process' memory, not even for a moment: a fork would
+//! make every page that queue threads write to next a page fault, which waits for the fork;
+//! so the death of one disk's filter would be felt by all disks.
 
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::ptr::null_mut;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::process::{Pid, PidfdFlags};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, pidfd_send_signal, waitid,
+};
 
 use upcall_abi::control::{FILTER_FD, SOCKET_FD};
 
@@ -42,8 +50,10 @@ fn program(width: Width) -> &'static [u8] {
 /// A running filter host. Dropping it kills it and waits for its end.
 #[derive(Debug)]
 pub(crate) struct HostChild {
-    child: Child,
+    pid: Pid,
     pidfd: OwnedFd,
+    /// How it ended, once it was waited for.
+    ended: Option<String>,
     /// At the last look: processor time that it had got, and had wanted.
     looked_ns: (u64, u64),
 }
@@ -59,40 +69,49 @@ impl HostChild {
         let program = sealed(width)?;
         let filter = above_given(filter)?;
         let socket = above_given(socket.as_fd())?;
-        let title = title.to_owned();
-        let child = on_launcher(move || spawn(&program, &socket, &filter, &title))?;
-        HostChild::adopt(child)
+        // A path has no byte 0 within.
+        let title = CString::new(title.as_os_str().as_bytes())?;
+        let child = on_launcher(move || {
+            let child = HostChild::adopt(spawn(&program, &socket, &filter, &title)?)?;
+            bounds::begin(child.pid)?;
+            Ok(child)
+        })?;
+        Ok(child)
     }
 
     /// A child that nobody else waits for.
-    pub(crate) fn adopt(child: Child) -> io::Result<HostChild> {
+    pub(crate) fn adopt(pid: Pid) -> io::Result<HostChild> {
         // It is our child and not yet waited for, so the id is still its own.
-        let opened = Pid::from_raw(child.id() as i32)
-            .ok_or(io::ErrorKind::InvalidInput.into())
-            .and_then(|pid| Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?));
-        match opened {
-            Ok(pidfd) => Ok(HostChild { child, pidfd, looked_ns: (0, 0) }),
+        match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(HostChild { pid, pidfd, ended: None, looked_ns: (0, 0) }),
             Err(error) => {
-                kill_and_reap(child);
-                Err(error)
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
+                let _ =
+                    rustix::io::retry_on_intr(|| waitid(WaitId::Pid(pid), WaitIdOptions::EXITED));
+                Err(error.into())
             }
         }
     }
 
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
+    pub(crate) fn id(&self) -> i32 {
+        self.pid.as_raw_pid()
     }
 
     /// Sets its bounds for good.
     pub(crate) fn bound(&self, bounds: &Bounds) -> io::Result<()> {
-        // Not yet waited for, so the id is still its own.
-        let pid = Pid::from_raw(self.id() as i32).ok_or(io::ErrorKind::InvalidInput)?;
-        bounds::impose(pid, bounds)
+        match self.ended {
+            // The id may be another's by now.
+            Some(_) => Err(io::ErrorKind::NotFound.into()),
+            None => bounds::impose(self.pid, bounds),
+        }
     }
 
     /// The processor time that its threads have wanted: they ran, or were ready to. What has
     /// ended no longer counts. Cheap while it does nothing.
     pub(crate) fn wanted_ns(&mut self) -> io::Result<u64> {
+        if self.ended.is_some() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         let used_ns = self.used_ns()?;
         if used_ns != self.looked_ns.0 {
             // Without CONFIG_SCHED_INFO, what it has got has to do.
@@ -105,7 +124,7 @@ impl HostChild {
     fn used_ns(&self) -> io::Result<u64> {
         let mut clock = 0;
         // SAFETY: writes to `clock` only. The process is not yet waited for, so the id is its own.
-        let error = unsafe { libc::clock_getcpuclockid(self.id() as i32, &mut clock) };
+        let error = unsafe { libc::clock_getcpuclockid(self.id(), &mut clock) };
         if error != 0 {
             return Err(io::Error::from_raw_os_error(error));
         }
@@ -119,7 +138,10 @@ impl HostChild {
 
     /// Sets the niceness of all its threads, which it cannot leave the process group of.
     pub(crate) fn set_niceness(&self, niceness: i32) -> io::Result<()> {
-        Ok(rustix::process::setpriority_pgrp(Pid::from_raw(self.id() as i32), niceness)?)
+        match self.ended {
+            Some(_) => Err(io::ErrorKind::NotFound.into()),
+            None => Ok(rustix::process::setpriority_pgrp(Some(self.pid), niceness)?),
+        }
     }
 
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
@@ -127,12 +149,13 @@ impl HostChild {
     }
 
     pub(crate) fn kill(&mut self) {
-        let _ = self.child.kill(); // fails only if it has ended already
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL); // fails only if it has ended already
     }
 
     /// How it ended; `None` if it still runs.
     pub(crate) fn exit(&mut self) -> Option<String> {
-        self.child.try_wait().ok().flatten().map(describe_exit)
+        self.wait(WaitIdOptions::NOHANG);
+        self.ended.clone()
     }
 
     /// As [`exit`](Self::exit), but gives it some time to end.
@@ -140,17 +163,30 @@ impl HostChild {
         let _ = wait_readable(&[Some(self.pidfd.as_fd())], Instant::now() + patience);
         self.exit()
     }
+
+    fn wait(&mut self, how: WaitIdOptions) {
+        if self.ended.is_some() {
+            return;
+        }
+        let id = || WaitId::PidFd(self.pidfd.as_fd());
+        let status = rustix::io::retry_on_intr(|| waitid(id(), WaitIdOptions::EXITED | how));
+        self.ended = match status {
+            Ok(status) => status.map(|status| describe_exit(&status)),
+            // Somebody else has waited for it: it has ended.
+            Err(_) => Some("it ended".into()),
+        };
+    }
 }
 
 impl Drop for HostChild {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
+        self.wait(WaitIdOptions::empty());
     }
 }
 
 /// Of all threads of a process: how long they ran or waited on a run queue.
-fn wanted_ns(pid: u32) -> io::Result<u64> {
+fn wanted_ns(pid: i32) -> io::Result<u64> {
     let mut sum_ns = 0u64;
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
         // "run waited slices"; a thread may have ended meanwhile.
@@ -162,15 +198,10 @@ fn wanted_ns(pid: u32) -> io::Result<u64> {
     Ok(sum_ns)
 }
 
-fn kill_and_reap(mut child: Child) {
-    let _ = child.kill();
-    let _ = child.wait();
-}
-
 pub(crate) const IN_ORDER: &str = "it ended with exit code 0";
 
-fn describe_exit(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
+fn describe_exit(status: &WaitIdStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => format!("it ended with exit code {code}"),
         (None, Some(signal)) => match signal_name(signal) {
             Some(name) => format!("it was killed by signal {signal} ({name})"),
@@ -228,47 +259,98 @@ fn above_given(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(fd, FILTER_FD + 1)?)
 }
 
-fn spawn(program: &OwnedFd, socket: &OwnedFd, filter: &OwnedFd, title: &Path) -> io::Result<Child> {
-    let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
-    command
-        .arg0("upcall-filterhost")
-        .arg(title)
-        .env_clear()
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(io::stderr().as_fd().try_clone_to_owned()?);
-    let (socket, filter) = (socket.as_raw_fd(), filter.as_raw_fd());
-    // SAFETY: between fork and exec this makes system calls only; it neither allocates nor
-    // locks. The descriptors are open: the caller holds them until the child has executed.
-    unsafe { command.pre_exec(move || keep_only(socket, filter).and_then(|()| bounds::begin())) };
-    // The standard library reports a failed exec through a pipe of its own, which must not
-    // get the numbers that the child is about to replace.
-    let _reserved = occupy_given()?;
-    command.spawn()
+/// What tells `posix_spawn` how a child begins. Freed when dropped.
+struct Beginning {
+    actions: libc::posix_spawn_file_actions_t,
+    attributes: libc::posix_spawnattr_t,
 }
 
-/// In the child: the two descriptors at their places; everything else closes on exec.
-fn keep_only(socket: i32, filter: i32) -> io::Result<()> {
-    const CLOSE_RANGE_CLOEXEC: i32 = 4;
-    // SAFETY: plain system calls on numbers.
-    let done = unsafe {
-        libc::dup2(socket, SOCKET_FD) == SOCKET_FD
-            && libc::dup2(filter, FILTER_FD) == FILTER_FD
-            && libc::syscall(libc::SYS_close_range, FILTER_FD + 1, u32::MAX, CLOSE_RANGE_CLOEXEC)
-                == 0
-    };
-    if done { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-fn occupy_given() -> io::Result<Vec<OwnedFd>> {
-    let mut held = Vec::new();
-    loop {
-        let fd = rustix::io::fcntl_dupfd_cloexec(io::stderr(), SOCKET_FD)?;
-        if fd.as_raw_fd() > FILTER_FD {
-            return Ok(held);
+impl Beginning {
+    fn new() -> io::Result<Box<Beginning>> {
+        // SAFETY: plain C structures, for which all zeroes are a value; they are initialized
+        // before they are used, and do not move, as they are boxed.
+        let mut new: Box<Beginning> = unsafe { Box::new(std::mem::zeroed()) };
+        // SAFETY: both are ours alone, and initialized once.
+        unsafe {
+            checked(libc::posix_spawn_file_actions_init(&mut new.actions))?;
+            checked(libc::posix_spawnattr_init(&mut new.attributes))?;
         }
-        held.push(fd);
+        Ok(new)
     }
+
+    /// The child has a copy of `from` as `to`.
+    fn give(&mut self, from: i32, to: i32) -> io::Result<()> {
+        // SAFETY: `actions` was initialized.
+        checked(unsafe { libc::posix_spawn_file_actions_adddup2(&mut self.actions, from, to) })
+    }
+
+    /// The child has `path`, for reading, as `to`.
+    fn open(&mut self, path: &CStr, to: i32) -> io::Result<()> {
+        let (path, flags) = (path.as_ptr(), libc::O_RDONLY);
+        // SAFETY: `actions` was initialized; the path is copied.
+        checked(unsafe {
+            libc::posix_spawn_file_actions_addopen(&mut self.actions, to, path, flags, 0)
+        })
+    }
+
+    /// The child leads a process group of its own, and signals are to it as to a new program.
+    fn alone(&mut self) -> io::Result<()> {
+        let flags = libc::POSIX_SPAWN_SETPGROUP
+            | libc::POSIX_SPAWN_SETSIGMASK
+            | libc::POSIX_SPAWN_SETSIGDEF;
+        // SAFETY: `attributes` was initialized; the sets are written before they are read.
+        unsafe {
+            let (mut none, mut all) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigemptyset(&mut none);
+            libc::sigfillset(&mut all);
+            checked(libc::posix_spawnattr_setpgroup(&mut self.attributes, 0))?;
+            checked(libc::posix_spawnattr_setsigmask(&mut self.attributes, &none))?;
+            checked(libc::posix_spawnattr_setsigdefault(&mut self.attributes, &all))?;
+            checked(libc::posix_spawnattr_setflags(&mut self.attributes, flags as _))
+        }
+    }
+}
+
+impl Drop for Beginning {
+    fn drop(&mut self) {
+        // SAFETY: initialized, or all zeroes, which own nothing; not used after this.
+        unsafe {
+            libc::posix_spawn_file_actions_destroy(&mut self.actions);
+            libc::posix_spawnattr_destroy(&mut self.attributes);
+        }
+    }
+}
+
+/// An error number that a call gave, as a result.
+fn checked(error: i32) -> io::Result<()> {
+    if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
+}
+
+fn spawn(program: &OwnedFd, socket: &OwnedFd, filter: &OwnedFd, title: &CStr) -> io::Result<Pid> {
+    let path = CString::new(format!("/proc/self/fd/{}", program.as_raw_fd()))?;
+    let mut beginning = Beginning::new()?;
+    beginning.open(c"/dev/null", 0)?;
+    beginning.give(2, 1)?;
+    beginning.give(socket.as_raw_fd(), SOCKET_FD)?;
+    beginning.give(filter.as_raw_fd(), FILTER_FD)?;
+    beginning.alone()?;
+    let words = [c"upcall-filterhost".as_ptr().cast_mut(), title.as_ptr().cast_mut(), null_mut()];
+    let environment = [null_mut()];
+    let mut pid = 0;
+    // SAFETY: all that is pointed to lives until the call returns, which is when the child has
+    // executed; words and environment end with a null; the descriptors are open, and above
+    // those that the child replaces.
+    checked(unsafe {
+        libc::posix_spawn(
+            &mut pid,
+            path.as_ptr(),
+            &beginning.actions,
+            &beginning.attributes,
+            words.as_ptr(),
+            environment.as_ptr(),
+        )
+    })?;
+    Pid::from_raw(pid).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 type Job = Box<dyn FnOnce() + Send>;

@@ -63,17 +63,9 @@ impl Table {
         assert!(grown < GROWTH_MAX, "the worker grew by {grown} bytes");
     }
 
-    /// The eater's filter host. It is started with its filter's path behind its name.
+    /// The eater's filter host.
     fn eater(&self) -> u32 {
-        let path = self.folder.0.join("eater.so").display().to_string();
-        let is_ours = |pid: &u32| {
-            std::fs::read(format!("/proc/{pid}/cmdline"))
-                .is_ok_and(|words| String::from_utf8_lossy(&words).contains(&path))
-        };
-        let all = std::fs::read_dir("/proc").unwrap();
-        let mut numbers =
-            all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-        numbers.find(is_ours).expect("a filter host of the eater")
+        process_of(&self.folder.0.join("eater.so"))
     }
 
     fn cleared(self) {
@@ -82,6 +74,18 @@ impl Table {
         }
         self.worker.shutdown();
     }
+}
+
+/// The filter host of a filter. It is started with its filter's path behind its name.
+fn process_of(filter: &std::path::Path) -> u32 {
+    let path = filter.display().to_string();
+    let is_ours = |pid: &u32| {
+        std::fs::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|words| String::from_utf8_lossy(&words).contains(&path))
+    };
+    let all = std::fs::read_dir("/proc").unwrap();
+    let mut numbers = all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    numbers.find(is_ours).expect("a filter host of it")
 }
 
 /// As long as it likes, and whoever needs it fails while it is gone.

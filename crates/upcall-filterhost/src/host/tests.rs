@@ -9,10 +9,12 @@ use super::*;
 use crate::description::tests::sample;
 
 /// A host played by the test: a process that only sleeps, and the other end of its socket.
+#[allow(clippy::zombie_processes)] // whoever adopts it waits for it
 fn played() -> (HostProcess, OwnedFd, Arc<Mutex<Vec<LogLine>>>) {
     let (socket, theirs) = socket::pair().unwrap();
     let child = Command::new("sleep").arg("60").stdin(Stdio::null()).spawn().unwrap();
-    let engine = Engine::Isolated(HostChild::adopt(child).unwrap());
+    let engine =
+        Engine::Isolated(HostChild::adopt(rustix::process::Pid::from_child(&child)).unwrap());
     let lines = Arc::new(Mutex::new(Vec::new()));
     let sink = lines.clone();
     let log: LogSink = Arc::new(move |line| sink.lock().unwrap().push(line));
