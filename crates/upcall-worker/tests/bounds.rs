@@ -170,12 +170,14 @@ fn a_filter_that_takes_more_than_its_share_of_the_processor_gives_way() {
     let mut table = Table::laid("crowd", patient());
     let eater = table.eater();
     assert!(niceness(eater).iter().all(|nice| *nice == 0));
-    let own = niceness(std::process::id());
+    let own = niceness(std::process::id())[0];
     assert_eq!(table.eats.run(Op::Read, 0, 4096), Ok(()));
     table.log.wait_for("filter eater wants more of the processor");
     let threads = niceness(eater);
     assert!(threads.len() > 24 && threads.iter().all(|nice| *nice == 19), "{threads:?}");
-    assert_eq!(niceness(std::process::id())[..own.len()], own, "nobody else does");
+    // Threads of other tests come and go meanwhile.
+    let ours = niceness(std::process::id());
+    assert!(ours.iter().all(|nice| *nice == own), "nobody else does: {ours:?}");
     table.other_goes_on();
     assert_eq!(table.eats.run(Op::Write, 0, 4096), Ok(()), "it has the rest");
     assert!(!table.log.contains("filter probe wants more"));
