@@ -1,5 +1,5 @@
-//! What a request costs, counted and not timed: allocations, copied bytes, system calls of
-//! the queue thread in steady state. Holds on any machine, however busy.
+//! What a request costs, counted and not timed: allocations, copied bytes, system calls and
+//! instructions of the queue thread in steady state. Holds on any machine, however busy.
 //!
 //! Each bound is what was counted when it was set. Who raises one says in the commit what it
 //! is paid for; a test fails when a count grows by more than 5 % of the bound, and a bound of
@@ -298,10 +298,52 @@ fn a_request_through_an_inline_filter_makes_no_system_call() {
     assert!(more < 50, "5000 more requests made {more} more calls: {few:?} {many:?}");
 }
 
+/// Instructions of the queue thread for a request, as this test is compiled: for debugging,
+/// hardly optimised. The filter runs in the thread, so that nobody waits and looks meanwhile;
+/// its host's code is that of one with a process of its own.
 #[test]
-#[ignore = "run by another test, under strace"]
+fn a_request_and_an_up_call_take_no_more_instructions_than_they_did() {
+    let count = |filters: usize, requests: u64| -> u64 {
+        let out = std::env::temp_dir().join(format!("upcall-callgrind-{}", std::process::id()));
+        let output = Command::new("valgrind")
+            .args(["--tool=callgrind", "--fair-sched=yes"])
+            .arg(format!("--callgrind-out-file={}", out.display()))
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "requests_to_be_watched", "--ignored"])
+            .env("UPCALL_REQUESTS", requests.to_string())
+            .env("UPCALL_FILTERS", filters.to_string())
+            .output()
+            .expect("valgrind (scripts/deps installs it)");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        let _ = std::fs::remove_file(&out);
+        let collected = said.lines().find_map(|line| line.split_once("Collected : "));
+        collected.expect("callgrind says how many").1.trim().parse().unwrap()
+    };
+    let each = |filters| (count(filters, 21_000) - count(filters, 1000)) as f64 / 20_000.0;
+    let (without, with) = (each(0), each(1));
+    println!("{without} instructions for a request, {} more for an up-call", with - without);
+    for (what, instructions, bound) in [
+        ("a request", without, REQUEST_INSTRUCTIONS),
+        ("an up-call", with - without, UP_CALL_INSTRUCTIONS),
+    ] {
+        assert!(
+            instructions <= bound * 1.05,
+            "{instructions} instructions for {what}; the bound is {bound} and 5 % of it"
+        );
+        // Far fewer would mean that this counts something else.
+        assert!(instructions > bound / 2.0, "{instructions} instructions for {what}");
+    }
+}
+
+const REQUEST_INSTRUCTIONS: f64 = 2178.0;
+const UP_CALL_INSTRUCTIONS: f64 = 1290.0;
+
+#[test]
+#[ignore = "run by another test, under strace or valgrind"]
 fn requests_to_be_watched() {
     let Ok(requests) = std::env::var("UPCALL_REQUESTS") else { return };
-    let chain = (Kind::PLAIN, 1, Placement::Inline);
+    let filters = std::env::var("UPCALL_FILTERS").map_or(1, |count| count.parse().unwrap());
+    let chain = (Kind::PLAIN, filters, Placement::Inline);
     count(chain, Op::Write, 32, requests.parse().unwrap());
 }
