@@ -121,15 +121,6 @@ pub fn run(effort: &Effort) -> Result<Section, String> {
             }
         }
     }
-    for side in &sides {
-        if let Some((resident, own)) = process::resident_kib(side.server.pid().as_raw_pid() as u32)
-        {
-            let how = "after all of it";
-            let row = section.row("memory", side.name, how);
-            row.push("resident", crate::measure::Unit::Kibibytes, resident as f64);
-            row.push("private", crate::measure::Unit::Kibibytes, own as f64);
-        }
-    }
     Ok(section)
 }
 

@@ -238,6 +238,34 @@ fn a_daemon_that_is_killed_again_and_again_costs_no_byte_and_no_error() {
     );
 }
 
+/// What hangs and whose worker is dead holds the image no longer than a bound: 30 seconds.
+#[test]
+fn a_daemon_that_hangs_when_its_worker_dies_does_not_keep_the_image() {
+    let scratch = Scratch::new();
+    let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
+    let words = Kind::QCOW2.words(&image);
+    let disk = format!("name=root,socket={},queues=2,direct=off{words}", scratch.text("d.sock"));
+    let args = ["--restart", "--restart-pause-ms", "1", "--disk", disk.as_str()];
+    let server = Server::start(&scratch, &args);
+    let worker = Pid::from_raw(server.children()[0]).unwrap();
+    let mut driver = connect(&scratch);
+    driver.write(0, 0, &[7; 65536]);
+    assert_eq!(driver.run(0, Io::Flush), Outcome::Ok);
+    let daemon = daemons(worker)[0];
+    kill_process(daemon, Signal::STOP).unwrap();
+    kill_process(worker, Signal::KILL).unwrap();
+    drop(driver);
+    let begun = Instant::now();
+    while !server.stderr().contains("nobody served") {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{}", server.stderr());
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert!(rustix::process::test_kill_process(daemon).is_err(), "it lives on");
+    assert_eq!(connect(&scratch).read(0, 0, 65536), [7; 65536]);
+    server.stop();
+    Kind::QCOW2.expect_sound(&image);
+}
+
 #[test]
 fn images_below_are_those_that_were_named_and_are_not_written() {
     let scratch = Scratch::new();

@@ -49,6 +49,26 @@ impl Drop for Nbdkit {
     }
 }
 
+/// A disk whose every write and flush is a line in `log`, and whose flush is this script.
+fn scripted(scratch: &Scratch, flush: &str) -> Nbdkit {
+    let (image, log) = (scratch.image("image", BYTES), scratch.text("log"));
+    std::fs::write(&log, "").unwrap();
+    let dd = "count=$3 conv=notrunc status=none iflag=count_bytes,fullblock";
+    let image = text(&image);
+    Nbdkit::start(
+        scratch,
+        &[
+            "eval",
+            "get_size=echo 32M",
+            "can_write=exit 0",
+            "can_flush=exit 0",
+            &format!("pread=dd if={image} skip=$4 {dd},skip_bytes"),
+            &format!("pwrite=echo write >>{log}; dd of={image} seek=$4 oflag=seek_bytes {dd}"),
+            &format!("flush=echo flush >>{log}; {flush}"),
+        ],
+    )
+}
+
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
@@ -227,30 +247,57 @@ for n in range(8):
     server.stop();
 }
 
+/// What a client was told is durable is so behind us: a flush came after it, whoever asked.
+#[test]
+fn a_flush_and_a_durable_write_are_a_flush_behind_us_and_a_plain_write_is_none() {
+    for (options, plain) in [("", false), (",write-cache=off", true)] {
+        let scratch = Scratch::new();
+        let _nbdkit = scripted(&scratch, "true");
+        let disk = format!("{},nbd=unix:{}{options}", words(&scratch), scratch.text("nbd.sock"));
+        let server = Server::serve(&scratch, &[&disk], &[]);
+        let uri = format!("nbd+unix:///root?socket={}", scratch.text("nbd.sock"));
+        let log = scratch.text("log");
+        nbdsh(
+            &uri,
+            &format!(
+                "
+def seen():
+    return open('{log}').read().split()
+h.connect_uri(uri)
+other = nbd.NBD()
+other.connect_uri(uri)
+assert h.can_multi_conn()
+def does(call, flushed, written=True):
+    before = len(seen())
+    call()
+    new = seen()[before:]
+    assert ('write' in new) == written, new
+    assert ('flush' in new) == flushed, new
+    assert not flushed or new[-1] == 'flush', new
+plain, durable = bytearray(b'p' * 4096), bytearray(b'd' * 4096)
+for round in range(3):
+    does(lambda: h.pwrite(plain, 0), {plain})
+    does(lambda: h.pwrite(durable, 8192, nbd.CMD_FLAG_FUA), True)
+    does(lambda: h.zero(4096, 65536), {plain})
+    does(lambda: h.zero(4096, 65536, nbd.CMD_FLAG_FUA), True)
+    # What one connection wrote, another makes durable.
+    does(lambda: h.pwrite(plain, 4096), {plain})
+    does(lambda: other.flush(), True, written=False)
+",
+                plain = if plain { "True" } else { "False" }
+            ),
+        );
+        server.stop();
+    }
+}
+
 /// A flush that failed stays failed, whatever the server behind says later, and whoever serves.
 #[test]
 fn a_flush_that_fails_behind_stays_failed_although_the_worker_dies() {
     let scratch = Scratch::new();
     let trigger = scratch.text("fail-flush");
-    let flush = format!("flush=if [ -e {trigger} ]; then echo EIO >&2; exit 1; fi");
-    let image = scratch.image("image", BYTES);
-    let data = format!("dd if={} skip=$4 count=$3 iflag=count_bytes,skip_bytes", text(&image));
-    let put = format!(
-        "dd of={} seek=$4 conv=notrunc oflag=seek_bytes iflag=fullblock bs=64k",
-        text(&image)
-    );
-    let (pread, pwrite) =
-        (format!("pread={data} status=none"), format!("pwrite={put} status=none"));
-    let args = [
-        "eval",
-        "get_size=echo 32M",
-        "can_write=exit 0",
-        "can_flush=exit 0",
-        &pread,
-        &pwrite,
-        &flush,
-    ];
-    let _nbdkit = Nbdkit::start(&scratch, &args);
+    let flush = format!("if [ -e {trigger} ]; then echo EIO >&2; exit 1; fi");
+    let _nbdkit = scripted(&scratch, &flush);
     let socket = scratch.text("d.sock");
     let disk = format!("{},socket={socket}", words(&scratch));
     let server = Server::start(&scratch, &["--restart", "--disk", &disk]);
