@@ -154,8 +154,11 @@ fn systemds_sockets_are_taken_by_name_and_outlive_who_is_started_with_them() {
         let (guest, nbd) = (scratch.join("guest.sock"), scratch.join("nbd.sock"));
         let (guests, nbds) = (UnixListener::bind(&guest), UnixListener::bind(&nbd));
         let (guests, nbds) = (guests.unwrap(), nbds.unwrap());
-        // The disks' own is last, so that nothing but its name can tell.
-        let sockets = [("backup", &nbds), ("vm", &guests)];
+        let mut sockets = [("backup", &nbds), ("vm", &guests)];
+        if !restart.is_empty() {
+            // In either order: nothing but the names can tell.
+            sockets.reverse();
+        }
         let image = scratch.image("disk.img", 8 << 20);
         let root = format!("name=vm,file={},direct=off,queues=1", image.display());
         let mut args = vec!["--disk", &root];
