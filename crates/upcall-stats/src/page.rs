@@ -389,8 +389,10 @@ fn add(numbers: &[AtomicU64; BLOCK / 8], offset: usize, delta: u64) {
 pub enum ReadError {
     /// It cannot be opened or mapped.
     Io(io::Error),
-    /// It is not a page of counters, or not of this version.
+    /// It is not a page of counters.
     NotAPage(&'static str),
+    /// It is one of another version of this program.
+    OtherVersion,
 }
 
 impl std::fmt::Display for ReadError {
@@ -398,6 +400,9 @@ impl std::fmt::Display for ReadError {
         match self {
             ReadError::Io(error) => error.fmt(f),
             ReadError::NotAPage(why) => f.write_str(why),
+            ReadError::OtherVersion => {
+                f.write_str("a page of another version: use the upcall that serves the disk")
+            }
         }
     }
 }
@@ -512,9 +517,7 @@ impl PageReader {
         }
         let word = reader.number(8);
         if word as u32 != VERSION {
-            return Err(ReadError::NotAPage(
-                "a page of another version: use the upcall that serves the disk",
-            ));
+            return Err(ReadError::OtherVersion);
         }
         reader.pid = (word >> 32) as u32;
         reader.hops = reader.number(16);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
-use upcall_stats::PageReader;
+use upcall_stats::{PageReader, ReadError};
 
 use super::plan::Place;
 use crate::failure::Failure;
@@ -12,7 +12,9 @@ use crate::failure::Failure;
 /// `owner`. What is there and is no page of counters is never replaced.
 pub fn place(given: Option<PathBuf>, disks: &[Place], owner: Pid) -> Result<PathBuf, Failure> {
     let path = given.unwrap_or_else(|| usual(disks, owner));
-    if path.symlink_metadata().is_ok() && PageReader::open(&path).is_err() {
+    // What an older version left, whose process was killed, is one.
+    let is_a_page = || matches!(PageReader::open(&path), Ok(_) | Err(ReadError::OtherVersion));
+    if path.symlink_metadata().is_ok() && !is_a_page() {
         return Err(Failure::new(format_args!(
             "{}: exists and is no page of counters, so it is not replaced; \
              name another place with --stats, or remove it",
@@ -55,6 +57,20 @@ mod tests {
         let disks = [Place::Granted, Place::Path("/run/a.sock".into()), Place::Inherited];
         assert_eq!(usual(&disks, Pid::INIT), Path::new("/run/a.sock.stats"));
         assert_eq!(usual(&[Place::Inherited], Pid::INIT).parent(), Some(&*runtime_folder()));
+    }
+
+    #[test]
+    fn what_another_version_left_is_replaced() {
+        let path = std::env::temp_dir().join(format!("upcall-old-page-{}", std::process::id()));
+        let mut page = vec![0; 1 << 16];
+        page[..12].copy_from_slice(b"UPCLSTAT\x01\0\0\0");
+        std::fs::write(&path, &page).unwrap();
+        let placed = place(Some(path.clone()), &[], Pid::INIT);
+        page[0] = b'X';
+        std::fs::write(&path, &page).unwrap();
+        let refused = place(Some(path.clone()), &[], Pid::INIT);
+        std::fs::remove_file(&path).unwrap();
+        assert!(placed.is_ok() && refused.is_err());
     }
 
     #[test]
