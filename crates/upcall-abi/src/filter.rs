@@ -53,6 +53,11 @@ pub mod filter_flag {
     pub const SIDECAR: u32 = 2;
 }
 
+/// The event `UPCALL_EVENT_MIGRATE_OUT`: the guest moves to another host.
+pub const EVENT_MIGRATE_OUT: u32 = 5;
+/// The event `UPCALL_EVENT_MIGRATE_IN`: it has come from one.
+pub const EVENT_MIGRATE_IN: u32 = 6;
+
 /// Most bytes of a state that one instance hands to the next.
 pub const STATE_MAX: usize = 1 << 20;
 /// Most bytes of a sidecar's state.

@@ -124,6 +124,8 @@ fn expected_numbers() -> Vec<(&'static str, u64)> {
         ("UPCALL_EVENT_UNSTUN", 2),
         ("UPCALL_EVENT_ATTACH", 3),
         ("UPCALL_EVENT_DETACH", 4),
+        ("UPCALL_EVENT_MIGRATE_OUT", upcall_abi::filter::EVENT_MIGRATE_OUT.into()),
+        ("UPCALL_EVENT_MIGRATE_IN", upcall_abi::filter::EVENT_MIGRATE_IN.into()),
         ("UPCALL_STATE_MAX", filter::STATE_MAX as u64),
         ("WIRE_VERSION", upcall_abi::WIRE_VERSION.into()),
         ("WIRE_MAGIC", ring::MAGIC),

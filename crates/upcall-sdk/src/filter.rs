@@ -71,4 +71,8 @@ pub enum Event {
     Attach,
     /// It leaves the chain, and nobody takes its place.
     Detach,
+    /// The disk's guest moves to another host; what `save_state` gives next goes with it.
+    MigrateOut,
+    /// The guest has come from another host, or back from there.
+    MigrateIn,
 }

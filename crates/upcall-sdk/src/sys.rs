@@ -39,6 +39,8 @@ pub const EVENT_STUN: u32 = 1;
 pub const EVENT_UNSTUN: u32 = 2;
 pub const EVENT_ATTACH: u32 = 3;
 pub const EVENT_DETACH: u32 = 4;
+pub const EVENT_MIGRATE_OUT: u32 = 5;
+pub const EVENT_MIGRATE_IN: u32 = 6;
 
 pub const FILTER_ISSUES: u32 = 1;
 pub const FILTER_SIDECAR: u32 = 2;

@@ -240,6 +240,8 @@ unsafe extern "C" fn event<F: Filter>(this: *mut c_void, event: u32) -> i32 {
             sys::EVENT_UNSTUN => Event::Unstun,
             sys::EVENT_ATTACH => Event::Attach,
             sys::EVENT_DETACH => Event::Detach,
+            sys::EVENT_MIGRATE_OUT => Event::MigrateOut,
+            sys::EVENT_MIGRATE_IN => Event::MigrateIn,
             _ => return 0, // of a newer framework, which must bear that we do not know it
         };
         opened.filter.event(event).map_or_else(Errno::negative, |()| 0)

@@ -46,6 +46,8 @@ fn assertions(width: usize) -> String {
         ("UPCALL_PARAM_ADDRESS", sys::PARAM_ADDRESS.into()),
         ("UPCALL_EVENT_STUN", sys::EVENT_STUN.into()),
         ("UPCALL_EVENT_UNSTUN", sys::EVENT_UNSTUN.into()),
+        ("UPCALL_EVENT_MIGRATE_OUT", sys::EVENT_MIGRATE_OUT.into()),
+        ("UPCALL_EVENT_MIGRATE_IN", sys::EVENT_MIGRATE_IN.into()),
         ("UPCALL_FILTER_ISSUES", sys::FILTER_ISSUES.into()),
         ("UPCALL_FILTER_SIDECAR", sys::FILTER_SIDECAR.into()),
         ("UPCALL_SIDECAR_MAX", sys::SIDECAR_MAX as u64),

@@ -1,7 +1,7 @@
 //! The folder of one disk: made, locked, and its files opened. See the crate's promise.
 
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
+use crate::handover::{FILE_MAX, Handover};
 use crate::{State, StateError, sidecar};
 
 /// How long a lock may outlive its holder.
 const GRACE: Duration = Duration::from_secs(1);
 const SIDECAR: &str = ".sidecar";
+const HANDOVER: &str = "handover";
 
 /// Where the state of the filters on an image is kept: beside the file itself, if `image` is a
 /// symbolic link.
@@ -90,7 +92,7 @@ impl Folder {
         if let Some(found) = self.open_file(&file, OFlags::RDWR)? {
             return Ok(found.into());
         }
-        self.create_sidecar(&file).map(OwnedFd::from)
+        self.create(&file, |file| sidecar::write_new(file)).map(OwnedFd::from)
     }
 
     /// What the sidecar of that name holds. The outer None: there is no such file; the inner:
@@ -101,6 +103,32 @@ impl Folder {
         let state = sidecar::parse(&found)
             .map_err(|source| io_error(&self.path.join(&file), "read it", source))?;
         Ok(Some(state))
+    }
+
+    /// What the worker before this one handed over, if it did. The outer None: it did not; the
+    /// inner: the file is damaged.
+    pub fn handover(&self) -> Result<Option<Option<Handover>>, StateError> {
+        let Some(file) = self.open_file(HANDOVER, OFlags::RDONLY)? else { return Ok(None) };
+        let mut bytes = Vec::new();
+        file.take(FILE_MAX as u64)
+            .read_to_end(&mut bytes)
+            .map_err(|source| io_error(&self.path.join(HANDOVER), "read it", source))?;
+        Ok(Some(Handover::parse(&bytes)))
+    }
+
+    /// Hands over to the next worker; durable when this returns.
+    pub fn hand_over(&self, handover: &Handover) -> Result<(), StateError> {
+        self.create(HANDOVER, |mut file| file.write_all(&handover.bytes())).map(drop)
+    }
+
+    /// The handover has been taken up: from now on there is none.
+    pub fn end_handover(&self) -> Result<(), StateError> {
+        let failed = |error| system(&self.path.join(HANDOVER), "remove it", error);
+        match rustix::fs::unlinkat(&self.folder, HANDOVER, AtFlags::empty()) {
+            Ok(()) => rustix::fs::fsync(&self.folder).map_err(failed),
+            Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     /// The names of all sidecars in it, in order.
@@ -146,7 +174,11 @@ impl Folder {
     }
 
     /// It gets its name when it is whole and durable.
-    fn create_sidecar(&self, name: &str) -> Result<File, StateError> {
+    fn create(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&File) -> io::Result<()>,
+    ) -> Result<File, StateError> {
         let path = self.path.join(name);
         let failed = |error| system(&path, "make it", error);
         let unfinished = format!("{name}.new");
@@ -160,7 +192,7 @@ impl Folder {
             .map_err(failed)?;
         let file = File::from(file);
         give_away(&file, self.owner).map_err(failed)?;
-        sidecar::write_new(&file).map_err(|source| io_error(&path, "make it", source))?;
+        fill(&file).map_err(|source| io_error(&path, "make it", source))?;
         rustix::fs::fsync(&file).map_err(failed)?;
         rustix::fs::renameat(&self.folder, &unfinished, &self.folder, name).map_err(failed)?;
         rustix::fs::fsync(&self.folder).map_err(failed)?;

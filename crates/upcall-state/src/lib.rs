@@ -4,6 +4,9 @@
 //! keeps for itself, and `NAME-N.gaps` (see `upcall-gap`) for what it missed. Moved or copied
 //! together with the image, they are found again; no path is written in them.
 //!
+//! When a guest moves to another host, the worker that it leaves writes the file `handover`
+//! for the one that takes the disk up (see `handover.rs`), which removes it.
+//!
 //! Always true: one worker at a time holds a folder; no symbolic link is followed in it; what
 //! is made in it has its name only once it is whole and durable, and is readable by nobody but
 //! its owner, who is the image's; nothing in here is believed without a checksum.
@@ -32,8 +35,10 @@
 
 mod error;
 mod folder;
+mod handover;
 mod sidecar;
 
 pub use error::StateError;
 pub use folder::{Folder, folder_of, name_of};
+pub use handover::Handover;
 pub use sidecar::{SIDECAR_MAX, State, parse, volatile};

@@ -14,6 +14,30 @@ use upcall_vhost::{ConfigError, ListenError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
+    /// A disk that cannot move: serve it without --movable.
+    #[error(
+        "disk {disk}: only raw images and devices that are served over vhost-user alone can \
+         move to another host"
+    )]
+    NotMovable {
+        /// Which.
+        disk: String,
+    },
+    /// Its guest comes from a host where its data went through other filters. Give it the same,
+    /// by the same names and in the same order; or, if that is meant, remove the file `handover`
+    /// from the folder of its state.
+    #[error(
+        "disk {disk}: where its guest comes from its chain was [{theirs}], here it would be \
+         [{ours}]: give it the same filters by the same names"
+    )]
+    OtherChain {
+        /// Which.
+        disk: String,
+        /// The names there.
+        theirs: String,
+        /// And here.
+        ours: String,
+    },
     /// There is nothing to serve. Name at least one disk.
     #[error("no disk to serve: name at least one")]
     NoDisks,

@@ -9,7 +9,7 @@ use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,6 +31,39 @@ const WAIT_INTERVAL: Duration = Duration::from_millis(20);
 /// How long somebody else's rings may be in the way before that is said.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// Where a disk's queue threads come from. They may be there all the time ([`Served`]), or
+/// only while the disk is in use here.
+pub(crate) trait Supply: Send + Sync {
+    /// A guest is about to use the disk: its queue threads. Blocks until they are there, or
+    /// `is_over`: then none.
+    fn take(&self, is_over: &mut dyn FnMut() -> bool) -> Option<Vec<EngineHandle>>;
+
+    /// No ring runs any more.
+    fn leave(&self, left: Left);
+}
+
+/// How a guest has left a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// For a while.
+    Stopped,
+    /// While its memory was copied elsewhere, and nobody else is connected: for another host.
+    Moved,
+    /// Nobody is connected any more.
+    Gone,
+}
+
+/// Queue threads that are always there.
+pub(crate) struct Served(pub(crate) Vec<EngineHandle>);
+
+impl Supply for Served {
+    fn take(&self, _is_over: &mut dyn FnMut() -> bool) -> Option<Vec<EngineHandle>> {
+        Some(self.0.clone())
+    }
+
+    fn leave(&self, _left: Left) {}
+}
+
 /// See the module.
 /// Dropping it ends the connection, its queues first, and removes the socket.
 pub(crate) struct Frontend {
@@ -46,7 +79,7 @@ impl Frontend {
         disk: Arc<str>,
         listener: Listener,
         config: Arc<BlkConfig>,
-        engines: Vec<EngineHandle>,
+        supply: Arc<dyn Supply>,
         drain_ms: u64,
         log: LogSink,
     ) -> std::io::Result<Frontend> {
@@ -60,9 +93,10 @@ impl Frontend {
             config: config.clone(),
             shutdown: shutdown.clone(),
             ending: ending.clone(),
-            engines,
+            supply,
             drain_ms,
             turn: Arc::default(),
+            connected: Arc::default(),
             say,
         };
         let thread = std::thread::Builder::new().name(name).spawn(move || accepting.run())?;
@@ -112,9 +146,11 @@ struct Accepting {
     config: Arc<BlkConfig>,
     shutdown: Doorbell,
     ending: Arc<AtomicBool>,
-    engines: Vec<EngineHandle>,
+    supply: Arc<dyn Supply>,
     drain_ms: u64,
     turn: Arc<Turn>,
+    /// How many connections there are.
+    connected: Arc<AtomicUsize>,
     say: Say,
 }
 
@@ -151,26 +187,36 @@ impl Accepting {
     }
 
     fn serve(&self, stream: UnixStream, number: u64) -> std::io::Result<JoinHandle<()>> {
+        let queues = usize::from(self.config.queues());
         let mut queues = Queues {
             turn: self.turn.clone(),
+            supply: self.supply.clone(),
+            connected: self.connected.clone(),
+            is_logged: false,
             number,
             stream: stream.try_clone()?,
             say: self.say.clone(),
             drain_ms: self.drain_ms,
             ending: self.ending.clone(),
-            started: vec![false; self.engines.len()],
-            stopping: self.engines.iter().map(|_| None).collect(),
-            engines: self.engines.clone(),
+            started: vec![false; queues],
+            stopping: (0..queues).map(|_| None).collect(),
+            engines: Vec::new(),
         };
         let (config, shutdown, say) =
             (self.config.clone(), self.shutdown.clone(), self.say.clone());
         say.say(LogLevel::Info, "a frontend connected");
         let name = format!("vhost{number}-{}", say.disk);
+        self.connected.fetch_add(1, Ordering::SeqCst);
         std::thread::Builder::new().name(name).spawn(move || {
             match serve_connection(stream, config, &mut queues, shutdown.as_fd()) {
                 Ok(Ended::PeerClosed) => say.say(LogLevel::Info, "the frontend disconnected"),
                 Ok(Ended::ShutDown) => {}
                 Err(error) => say.say(LogLevel::Warn, &format!("the connection ended: {error}")),
+            }
+            if queues.connected.fetch_sub(1, Ordering::SeqCst) == 1
+                && !queues.ending.load(Ordering::SeqCst)
+            {
+                queues.supply.leave(Left::Gone);
             }
         })
     }
@@ -219,6 +265,11 @@ struct Queues {
     /// The connection, to see whether it has ended.
     stream: UnixStream,
     say: Say,
+    supply: Arc<dyn Supply>,
+    connected: Arc<AtomicUsize>,
+    /// The guest's memory is being copied elsewhere.
+    is_logged: bool,
+    /// Those that were supplied, while it has its turn.
     engines: Vec<EngineHandle>,
     /// How long requests that filters hold may take when a ring stops.
     drain_ms: u64,
@@ -240,7 +291,7 @@ impl QueueHost for Queues {
         let began = std::time::Instant::now();
         let mut is_said = false;
         let (say, ending, stream) = (&self.say, &self.ending, self.stream.as_fd());
-        let is_over = || ending.load(Ordering::SeqCst) || has_hung_up(stream);
+        let mut is_over = || ending.load(Ordering::SeqCst) || has_hung_up(stream);
         let has_turn = self.turn.take(self.number, || {
             if !is_said && began.elapsed() > PATIENCE {
                 is_said = true;
@@ -250,16 +301,32 @@ impl QueueHost for Queues {
             }
             is_over()
         });
-        if has_turn && is_over() {
-            // What was in the way ended, and so do we: it is not to begin now.
-            self.turn.give_back(self.number);
+        if !has_turn {
             return false;
         }
-        has_turn
+        // Where it was in the way of another end, it is not to begin now.
+        let supplied = if is_over() { None } else { self.supply.take(&mut is_over) };
+        if supplied.is_none() {
+            self.turn.give_back(self.number);
+        }
+        self.engines = supplied.unwrap_or_default();
+        !self.engines.is_empty()
     }
 
     fn release(&mut self) {
+        let is_alone = self.connected.load(Ordering::SeqCst) == 1;
+        let moved = self.is_logged && is_alone && !self.ending.load(Ordering::SeqCst);
+        self.supply.leave(if moved { Left::Moved } else { Left::Stopped });
         self.turn.give_back(self.number);
+    }
+
+    fn logging(&mut self, on: bool) {
+        self.is_logged = on;
+        let text = match on {
+            true => "its guest's memory is copied elsewhere (a migration): writes to it are logged",
+            false => "its guest's memory is no longer copied: writes to it are not logged",
+        };
+        self.say.say(LogLevel::Info, text);
     }
 
     fn start(&mut self, index: u16, queue: VirtQueue) {
@@ -280,14 +347,6 @@ impl QueueHost for Queues {
             Some(queue) => queue.finish(),
             None => unreachable!("a queue thread that lives gives back the queue it was given"),
         }
-    }
-
-    fn logging(&mut self, on: bool) {
-        let text = match on {
-            true => "its guest's memory is copied elsewhere (a migration): writes to it are logged",
-            false => "its guest's memory is no longer copied: writes to it are not logged",
-        };
-        self.say.say(LogLevel::Info, text);
     }
 
     fn disconnected(&mut self) {
@@ -321,6 +380,9 @@ mod tests {
             number: 1,
             stream: UnixStream::pair().unwrap().0,
             say: Say { disk: "disk".into(), log: Arc::new(|_, _| {}) },
+            supply: Arc::new(Served(Vec::new())),
+            connected: Arc::default(),
+            is_logged: false,
             engines,
             drain_ms,
             ending: Arc::default(),

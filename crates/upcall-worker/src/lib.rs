@@ -16,6 +16,7 @@ mod error;
 mod frontend;
 mod grow;
 mod hosts;
+mod movable;
 mod plant;
 mod recipe;
 mod share;
@@ -34,8 +35,9 @@ pub use config::{
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
+pub use movable::{Again, MovableWorker};
 pub use upcall_chain::{FailedAt, OnFailure, RecoveryPolicy};
-pub use worker::{DiskSummary, ExitReport, Wake, Worker};
+pub use worker::{DiskSummary, ExitReport, Wake, Worker, wait};
 
 #[cfg(feature = "sim")]
 #[doc(hidden)]

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use upcall_abi::control::Disk as WireDisk;
-use upcall_abi::filter::ISSUE_ARENA_SIZE;
+use upcall_abi::filter::{EVENT_MIGRATE_IN, ISSUE_ARENA_SIZE};
 use upcall_chain::OnFailure;
 use upcall_filterhost::params::Checked;
 use upcall_filterhost::{
@@ -83,6 +83,9 @@ pub(crate) struct GivenInstance {
     pub(crate) on_failure: OnFailure,
     /// Its state: one file for all lives, of which one at a time runs.
     pub(crate) sidecar: Option<Arc<OwnedFd>>,
+    /// Its guest came from another host: what the instance there had saved, if anything. For
+    /// the worker's first life of it.
+    pub(crate) arrival: Option<Option<Vec<u8>>>,
 }
 
 /// What a life that serves is reached and watched by.
@@ -140,6 +143,21 @@ impl Recipe {
         Ok(SetUp { ways, counters })
     }
 
+    /// As [`set_up`](Self::set_up), of the first life under this worker: who has come from
+    /// another host hears of it.
+    pub(crate) fn set_up_first(&mut self, process: &mut HostProcess) -> Result<SetUp, StartError> {
+        let ways = self.prepare(process)?;
+        let counters = self.open_all(process)?;
+        for given in &self.instances {
+            if let Some(state) = &given.arrival {
+                self.arrive(process, given, state.as_deref())?;
+            }
+        }
+        self.instances.iter_mut().for_each(|given| given.arrival = None);
+        process.serve().map_err(|source| self.failed("", source))?;
+        Ok(SetUp { ways, counters })
+    }
+
     /// As far as it goes without an instance: the filter's code is loaded.
     pub(crate) fn prepare(&self, process: &mut HostProcess) -> Result<Vec<Way>, StartError> {
         process.bound(&self.bounds()).map_err(|source| self.failed("", source))?;
@@ -159,12 +177,13 @@ impl Recipe {
 
     /// Opens the instances of a host that is prepared, and lets it serve.
     pub(crate) fn activate(&self, process: &mut HostProcess) -> Result<Vec<Counters>, StartError> {
-        let mut counters = Vec::new();
-        for given in &self.instances {
-            counters.push(self.open(process, given)?);
-        }
+        let counters = self.open_all(process)?;
         process.serve().map_err(|source| self.failed("", source))?;
         Ok(counters)
+    }
+
+    fn open_all(&self, process: &mut HostProcess) -> Result<Vec<Counters>, StartError> {
+        self.instances.iter().map(|given| self.open(process, given)).collect()
     }
 
     /// The same without an instance, which is closed.
@@ -252,6 +271,20 @@ impl Recipe {
             })
             .map_err(|source| self.failed(&given.disk, source))?;
         Ok(counters)
+    }
+
+    /// Tells an instance that its guest has come from another host, with what it had saved.
+    fn arrive(
+        &self,
+        process: &mut HostProcess,
+        given: &GivenInstance,
+        state: Option<&[u8]>,
+    ) -> Result<(), StartError> {
+        let failed = |source| self.failed(&given.disk, source);
+        if let Some(state) = state {
+            process.load_state(given.instance, state).map_err(failed)?;
+        }
+        process.event(given.instance, EVENT_MIGRATE_IN).map_err(failed)
     }
 
     /// A failure at a disk; at all of those that the filter serves if `disk` is empty.

@@ -7,8 +7,11 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use upcall_abi::filter::EVENT_MIGRATE_OUT;
 use upcall_block::{DiskInfo, RequestQueue, Store};
+use upcall_filterhost::{FilterError, HostProcess};
 use upcall_nbd::Server;
+use upcall_state::Handover;
 
 use crate::chains::Chains;
 use crate::config::{LogLevel, LogSink, StoreFailures, WorkerConfig};
@@ -82,7 +85,7 @@ pub struct DiskSummary {
     pub socket: Option<PathBuf>,
 }
 
-/// What [`Worker::wait`] came back for.
+/// What [`wait`] came back for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Wake {
@@ -95,6 +98,14 @@ pub enum Wake {
 pub struct ExitReport {
     /// What could not be done in good order; empty: everything is on the disks.
     pub failures: Vec<String>,
+}
+
+/// Waits until one of them is readable; `shutdown` counts more.
+pub fn wait(shutdown: BorrowedFd<'_>, news: BorrowedFd<'_>) -> Wake {
+    let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+    let mut fds = [watch(shutdown), watch(news)];
+    while !matches!(poll(&mut fds, None), Ok(1..)) {}
+    if fds[0].revents().is_empty() { Wake::News } else { Wake::Shutdown }
 }
 
 impl Worker {
@@ -156,14 +167,6 @@ impl Worker {
         }
     }
 
-    /// Waits until one of them is readable; `shutdown` counts more.
-    pub fn wait(&self, shutdown: BorrowedFd<'_>, news: BorrowedFd<'_>) -> Wake {
-        let watch = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
-        let mut fds = [watch(shutdown), watch(news)];
-        while !matches!(poll(&mut fds, None), Ok(1..)) {}
-        if fds[0].revents().is_empty() { Wake::News } else { Wake::Shutdown }
-    }
-
     /// The disks' chains, to be shown and changed from any thread.
     pub fn chains(&self) -> Chains {
         self.chains.clone()
@@ -171,6 +174,17 @@ impl Worker {
 
     /// Ends in good order: a chain change that is on its way, frontends, requests, filter instances, stores, filter hosts.
     pub fn shutdown(self) -> ExitReport {
+        self.end(None)
+    }
+
+    /// As [`shutdown`](Self::shutdown), and hands over to the worker that takes the disks up
+    /// next, on this host or another: `of_disks` says what it has to know of each, to which
+    /// filters add what they save.
+    pub(crate) fn hand_over(self, of_disks: Vec<Handover>) -> ExitReport {
+        self.end(Some(of_disks))
+    }
+
+    fn end(self, mut handovers: Option<Vec<Handover>>) -> ExitReport {
         let mut report = ExitReport::default();
         self.chains.end();
         let mut disks = self.disks;
@@ -191,6 +205,16 @@ impl Worker {
         let mut hosts = self.supervisor.stop();
         for (host, instances) in &mut hosts {
             for instance in instances {
+                if let (Some(handovers), Some((disk, name))) =
+                    (&mut handovers, self.chains.place_of(*instance))
+                    && host.exit_description().is_none()
+                {
+                    match leave(host, *instance) {
+                        Ok(Some(state)) => handovers[disk].states.push((name, state)),
+                        Ok(None) => {}
+                        Err(error) => (self.log)(LogLevel::Error, &error.to_string()),
+                    }
+                }
                 if host.exit_description().is_none()
                     && let Err(error) = host.close(*instance)
                 {
@@ -198,7 +222,7 @@ impl Worker {
                 }
             }
         }
-        for disk in disks {
+        for (index, disk) in disks.into_iter().enumerate() {
             for mut engine in disk.engines {
                 if !engine.quit() {
                     report
@@ -206,7 +230,20 @@ impl Worker {
                         .push(format!("disk {}: a queue thread ended by a bug of ours", disk.name));
                 }
             }
-            if let Err(errno) = disk.store.sync() {
+            let synced = disk.store.sync();
+            if let Some(handover) = handovers.as_mut().map(|handovers| &mut handovers[index]) {
+                if let Err(errno) = synced {
+                    let text = format!("the last writes failed on another host ({errno})");
+                    handover.failed.get_or_insert(text);
+                }
+                if let Err(error) = self.chains.hand_over(index, handover) {
+                    report.failures.push(format!(
+                        "disk {}: nothing is handed over to where its guest goes: {error}",
+                        disk.name
+                    ));
+                }
+            }
+            if let Err(errno) = synced {
                 report.failures.push(format!(
                     "disk {}: the last writes may not be on {} ({errno}): check the device and the guest's file systems",
                     disk.name, disk.summary
@@ -223,6 +260,12 @@ impl Worker {
         self.chains.release();
         report
     }
+}
+
+/// Tells an instance that its guest leaves this host, and asks what it saves.
+fn leave(host: &mut HostProcess, instance: u32) -> Result<Option<Vec<u8>>, FilterError> {
+    host.event(instance, EVENT_MIGRATE_OUT)?;
+    host.save_state(instance)
 }
 
 /// A queue that was told to stop, by another thread than its own.

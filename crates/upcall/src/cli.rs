@@ -240,6 +240,16 @@ pub struct ServeArgs {
     #[arg(long)]
     pub restart: bool,
 
+    /// The guest may move to another host, or come from one, that serves the same images
+    ///
+    /// The images, with their locks and their filters, are held only while the guest is here: they
+    /// are given up when it has moved away, or nobody is connected any more, and taken up when a
+    /// guest starts. If another process uses them now, this one waits until then. Filters are told,
+    /// and what they save goes with the guest, in the folder for their state (state=). Both hosts
+    /// are given the same disks and filters; for raw images and devices that both can reach.
+    #[arg(long)]
+    pub movable: bool,
+
     /// With --restart: the longest pause before a worker that dies again and again is started
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 10_000)]
     pub restart_pause_ms: u64,

@@ -18,7 +18,14 @@ start() { # VM [OPTION...]
 }
 here=$scratch/v0
 start "$here"
-trap 'for vm in "$scratch"/v?; do "$rig/guest-ctl" kill "$vm" || true; done; finish' EXIT
+end_all() {
+    local status=$? vm
+    for vm in "$scratch"/v?; do "$rig/guest-ctl" kill "$vm" || true; done
+    set +e
+    (exit "$status")
+    finish
+}
+trap end_all EXIT
 
 cat >"$scratch/load.sh" <<'GUEST'
 set -e

@@ -342,6 +342,8 @@ impl<F: Filter> Host<F> {
             Event::Unstun => sys::EVENT_UNSTUN,
             Event::Attach => sys::EVENT_ATTACH,
             Event::Detach => sys::EVENT_DETACH,
+            Event::MigrateOut => sys::EVENT_MIGRATE_OUT,
+            Event::MigrateIn => sys::EVENT_MIGRATE_IN,
         };
         // SAFETY: `this` is of `open`.
         Errno::result(unsafe { (self.table.event.expect("event"))(self.this, number) })

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use upcall_block::DiskInfo;
 use upcall_chain::Chain;
+use upcall_state::Handover;
 use upcall_stats::{HopSnapshot, Page};
 use upcall_vhost::BlkConfig;
 
@@ -204,6 +205,28 @@ impl Chains {
     /// Whether a disk has filters.
     pub(crate) fn has_filters(&self, disk: usize) -> bool {
         self.views().get(disk).is_some_and(|view| !view.slots.is_empty())
+    }
+
+    /// On which disk an instance is, and what its state is called.
+    pub(crate) fn place_of(&self, instance: u32) -> Option<(usize, String)> {
+        let core = self.0.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let disks = core.iter().flat_map(|core| core.disks.iter().enumerate());
+        let mut slots =
+            disks.flat_map(|(number, disk)| disk.slots.iter().map(move |slot| (number, slot)));
+        let (number, slot) = slots.find(|(_, slot)| slot.instance == instance)?;
+        Some((number, slot.name.clone()))
+    }
+
+    /// Hands a disk over to the worker that takes it up next; durable when this returns.
+    pub(crate) fn hand_over(&self, disk: usize, handover: &Handover) -> Result<(), String> {
+        let mut core = self.0.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.as_mut().map_or(Ok(()), |core| core.disks[disk].state.hand_over(handover))
+    }
+
+    /// What the worker before handed over of a disk.
+    pub(crate) fn handover(&self, disk: usize) -> Option<Handover> {
+        let core = self.0.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.as_ref()?.disks.get(disk)?.state.handover().cloned()
     }
 
     /// Lets a change that is on its way end, and no other one begin.

@@ -447,6 +447,7 @@ fn start(
         hop,
         on_failure,
         sidecar: sidecar.clone(),
+        arrival: None,
     });
     if replaces.is_none() {
         disk.free_hops.pop();

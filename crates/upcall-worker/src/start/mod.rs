@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use upcall_block::Store;
+use upcall_block::{DiskInfo, Store};
 use upcall_chain::{Chain, OnFailure};
 use upcall_filterhost::HostProcess;
 use upcall_filterhost::params::Checked;
@@ -104,15 +104,36 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         .collect();
     let (mut first_hop, mut next_instance) = (0, 0);
     let mut states = Vec::new();
-    for (mut config, store) in disks.into_iter().zip(stores) {
+    for (mut config, mut store) in disks.into_iter().zip(stores) {
         let listener = listen(&mut config)?;
         let mut state = StateFolder::default();
+        state.look_for_handover(&config, &log)?;
+        if let Some(text) = state.handover().and_then(|handover| handover.failed.clone())
+            && !failures.known.contains_key(&config.name)
+        {
+            // It failed for good on the host that its guest comes from.
+            failures.report.iter().for_each(|report| report(&config.name, &text));
+            let mut failures = failures.clone();
+            failures.known.insert(config.name.clone(), text);
+            drop(store);
+            store = open_store(&config, &log, &failures)?;
+        }
         let (chain, slots) =
             plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &mut state, &log)?;
+        let names_of = |slots: &[StartingSlot]| -> Vec<String> {
+            slots.iter().map(|slot| slot.state_name.clone()).collect()
+        };
+        if let Some(handover) = state.handover()
+            && handover.chain != names_of(&slots)
+        {
+            let (disk, theirs, ours) =
+                (config.name.clone(), handover.chain.join(", "), names_of(&slots).join(", "));
+            return Err(StartError::OtherChain { disk, theirs, ours });
+        }
         states.push(state);
         let frontend = match (listener, config.frontend.take()) {
             (Some(listener), Some(frontend)) => {
-                Some((listener, device(&config, frontend, &chain)?))
+                Some((listener, device(&config, &frontend, &chain)?))
             }
             _ => None,
         };
@@ -143,7 +164,7 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         first += own.len();
         engines.push(own);
     }
-    plan_instances(&starting, &mut hosts);
+    plan_instances(&starting, &states, &mut hosts);
     let watched = set_up_hosts(hosts, &mut engines)?;
     let recipes: Vec<Arc<Recipe>> = watched.iter().map(|host| host.recipe.clone()).collect();
     let mut served = Vec::new();
@@ -167,6 +188,11 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
         chains.push(chain);
     }
     let nbd = nbd::serve(nbd_servers, nbd_exports, &mut disks, &log)?;
+    for disk in &chains {
+        if let Err(error) = disk.state.end_handover() {
+            log(LogLevel::Error, &format!("disk {}: {error}", disk.name));
+        }
+    }
     made.keep();
     let chains = Chains::new(Core {
         disks: chains,
@@ -180,16 +206,70 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
     Ok(Worker { disks, nbd, supervisor, drain_ms, log, chains })
 }
 
+/// What the disks of a worker would be, without taking anything that another process may have:
+/// the disk as its guest sees it, what its store is, and its filters.
+pub(crate) fn look_at(config: &WorkerConfig) -> Result<Vec<Looked>, StartError> {
+    check_names(&config.disks)?;
+    let names: Vec<(String, u16, bool)> = config
+        .disks
+        .iter()
+        .map(|disk| (disk.name.clone(), disk.threads(), disk.chain.is_empty()))
+        .collect();
+    let mut next_instance = 0;
+    let look = |disk: &DiskConfig| {
+        let StoreConfig::Raw { path, direct, engine } = &disk.store else {
+            return Err(StartError::NotMovable { disk: disk.name.clone() });
+        };
+        let mut options = RawOptions::new(path);
+        (options.read_only, options.direct, options.engine) = (disk.read_only, *direct, *engine);
+        options.lock = false;
+        let store = RawStore::open(options)
+            .map_err(|source| StartError::Store { disk: disk.name.clone(), source })?;
+        let mut hosts = Vec::new();
+        let mut state = StateFolder::trial();
+        let (chain, slots) = plan_chain(
+            disk,
+            &store,
+            &names,
+            &mut hosts,
+            &mut next_instance,
+            &mut state,
+            &config.log,
+        )?;
+        let name = |slot: &StartingSlot| hosts[slot.host].recipe.description.name.clone();
+        let filters = slots.iter().map(name).collect();
+        Ok(Looked { info: chain.info().clone(), store: store.describe(), filters })
+    };
+    config.disks.iter().map(look).collect()
+}
+
+/// See [`look_at`].
+pub(crate) struct Looked {
+    pub(crate) info: DiskInfo,
+    pub(crate) store: String,
+    pub(crate) filters: Vec<String>,
+}
+
 fn device(
     disk: &DiskConfig,
-    frontend: FrontendConfig,
+    frontend: &FrontendConfig,
     chain: &Chain,
 ) -> Result<BlkConfig, StartError> {
-    let FrontendConfig { queue_size, serial, write_cache, .. } = frontend;
-    let options =
-        BlkOptions { queues: disk.queues, queue_size_max: queue_size, serial, write_cache };
-    BlkConfig::new(chain.info().clone(), options)
-        .map_err(|source| StartError::Device { disk: disk.name.clone(), source })
+    device_of(&disk.name, disk.queues, frontend, chain.info().clone())
+}
+
+/// The disk `info` as its guest sees it.
+pub(crate) fn device_of(
+    disk: &str,
+    queues: u16,
+    frontend: &FrontendConfig,
+    info: DiskInfo,
+) -> Result<BlkConfig, StartError> {
+    let &FrontendConfig { queue_size, write_cache, .. } = frontend;
+    let serial = frontend.serial.clone();
+    let options = BlkOptions { queues, queue_size_max: queue_size, serial, write_cache };
+    BlkConfig::new(info, options)
+        .map_err(|source| StartError::Device { disk: disk.to_owned(), source })
 }
 
 fn make_page(
@@ -303,11 +383,16 @@ fn on_failure(
 }
 
 fn listen(config: &mut DiskConfig) -> Result<Option<Listener>, StartError> {
-    let Some(frontend) = &mut config.frontend else { return Ok(None) };
+    let frontend = config.frontend.as_mut();
+    frontend.map(|frontend| bind(&config.name, frontend)).transpose()
+}
+
+/// Listens where a frontend says; takes the socket out of it.
+pub(crate) fn bind(disk: &str, frontend: &mut FrontendConfig) -> Result<Listener, StartError> {
     let socket = std::mem::replace(&mut frontend.socket, SocketSource::Path(PathBuf::new(), None));
     let listener = match socket {
         SocketSource::Path(path, mode) => Listener::bind(&path, mode),
         SocketSource::Fd(fd) => Listener::adopt(fd),
     };
-    listener.map(Some).map_err(|source| StartError::Listen { disk: config.name.clone(), source })
+    listener.map_err(|source| StartError::Listen { disk: disk.to_owned(), source })
 }

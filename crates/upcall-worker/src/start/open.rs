@@ -12,13 +12,17 @@ use crate::chains::{ChainSlot, DiskChain};
 use crate::config::{DiskConfig, LogSink, SlotConfig};
 use crate::engine::{Engine, Lane, Link};
 use crate::error::StartError;
-use crate::frontend::Frontend;
+use crate::frontend::{Frontend, Served};
 use crate::hosts::{EngineHandle, HostId, Watched};
 use crate::recipe::{GivenInstance, Recipe};
 use crate::worker::{RunningEngine, ServedDisk};
 
 /// Writes down which instances each filter host is to open.
-pub(super) fn plan_instances(disks: &[StartingDisk], hosts: &mut [Starting]) {
+pub(super) fn plan_instances(
+    disks: &[StartingDisk],
+    states: &[StateFolder],
+    hosts: &mut [Starting],
+) {
     let wire = |disk: &StartingDisk| {
         let info = disk.chain.info();
         WireDisk {
@@ -27,7 +31,7 @@ pub(super) fn plan_instances(disks: &[StartingDisk], hosts: &mut [Starting]) {
             read_only: u32::from(info.read_only),
         }
     };
-    for (number, disk) in disks.iter().enumerate() {
+    for (number, (disk, state)) in disks.iter().zip(states).enumerate() {
         for (place, slot) in disk.slots.iter().enumerate() {
             let granted = slot.grants.iter().map(|granted| wire(&disks[*granted]));
             hosts[slot.host].recipe.instances.push(GivenInstance {
@@ -39,6 +43,10 @@ pub(super) fn plan_instances(disks: &[StartingDisk], hosts: &mut [Starting]) {
                 hop: disk.first_hop + 1 + place,
                 on_failure: slot.on_failure,
                 sidecar: slot.sidecar.clone(),
+                arrival: state.handover().map(|handover| {
+                    let saved = handover.states.iter().find(|(name, _)| *name == slot.state_name);
+                    saved.map(|(_, state)| state.clone())
+                }),
             });
         }
     }
@@ -52,8 +60,8 @@ pub(super) fn set_up_hosts(
 ) -> Result<Vec<Watched>, StartError> {
     let mut watched = Vec::new();
     let mut ways = Vec::new();
-    for Starting { mut process, recipe, .. } in hosts {
-        let set_up = recipe.set_up(&mut process)?;
+    for Starting { mut process, mut recipe, .. } in hosts {
+        let set_up = recipe.set_up_first(&mut process)?;
         ways.push(set_up.ways.into_iter().map(Some).collect::<Vec<_>>());
         watched.push(Watched { recipe: Arc::new(recipe), process, counters: set_up.counters });
     }
@@ -139,8 +147,8 @@ pub(super) fn serve(
             let name = disk.name.clone();
             let config = Arc::new(config);
             device = Some(config.clone());
-            let handles = handles[..queues].to_vec();
-            let started = Frontend::start(name, listener, config, handles, drain_ms, log.clone());
+            let supply = Arc::new(Served(handles[..queues].to_vec()));
+            let started = Frontend::start(name, listener, config, supply, drain_ms, log.clone());
             Some(started.map_err(|source| system(&disk.name, "start its frontend", source))?)
         }
         None => None,

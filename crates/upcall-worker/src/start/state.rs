@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use upcall_gap::Gaps;
-use upcall_state::{Folder, folder_of, name_of, volatile};
+use upcall_state::{Folder, Handover, folder_of, name_of, volatile};
 
 use super::gaps::Made;
 use super::system;
@@ -20,6 +20,12 @@ pub(crate) struct StateFolder {
     folder: Option<Folder>,
     /// What the disk's filters are called so far.
     named: HashSet<String>,
+    /// Where it is, and the image it is beside: for a disk that has a place for it.
+    place: Option<(PathBuf, Option<PathBuf>)>,
+    /// What the worker before handed over.
+    handover: Option<Handover>,
+    /// Nothing is opened: only what a chain would be is asked.
+    is_trial: bool,
 }
 
 /// What a disk's state is kept in.
@@ -30,6 +36,68 @@ enum Kept {
 }
 
 impl StateFolder {
+    /// That of a disk that is only looked at.
+    pub(super) fn trial() -> StateFolder {
+        StateFolder { is_trial: true, ..StateFolder::default() }
+    }
+
+    /// Looks whether a worker before handed something over, in a folder that is there.
+    pub(super) fn look_for_handover(
+        &mut self,
+        disk: &DiskConfig,
+        log: &LogSink,
+    ) -> Result<(), StartError> {
+        let Ok(Kept::At(path)) = kept(disk) else { return Ok(()) };
+        self.place = Some((path.clone(), image_of(disk).map(Path::to_owned)));
+        if self.is_trial || !path.exists() {
+            return Ok(());
+        }
+        let found = self.folder(disk, path)?.handover();
+        let found =
+            found.map_err(|source| StartError::State { disk: disk.name.clone(), source })?;
+        if found == Some(None) {
+            let text = format!(
+                "disk {}: what the worker before handed over is damaged: its filters begin \
+                 without what they had saved",
+                disk.name
+            );
+            log(LogLevel::Error, &text);
+        }
+        self.handover = found.flatten();
+        Ok(())
+    }
+
+    /// What the worker before handed over, if it did.
+    pub(crate) fn handover(&self) -> Option<&Handover> {
+        self.handover.as_ref()
+    }
+
+    /// It was taken up.
+    pub(crate) fn end_handover(&self) -> Result<(), String> {
+        match &self.folder {
+            Some(folder) => folder.end_handover().map_err(|error| error.to_string()),
+            None => Ok(()),
+        }
+    }
+
+    /// Hands over to the next worker; durable when this returns. A folder is made only if
+    /// there is something to say.
+    pub(crate) fn hand_over(&mut self, handover: &Handover) -> Result<(), String> {
+        let is_nothing = *handover == Handover { write_cache: true, ..Handover::default() };
+        if is_nothing && self.folder.is_none() {
+            return Ok(());
+        }
+        if self.folder.is_none() {
+            let Some((path, image)) = &self.place else {
+                return Err("the disk has no folder for its state; say one with state=DIR".into());
+            };
+            let opened = Folder::open_or_create(path, image.as_deref());
+            self.folder = Some(opened.map_err(|error| error.to_string())?);
+        }
+        let folder = self.folder.as_ref().expect("it is open");
+        folder.hand_over(handover).map_err(|error| error.to_string())
+    }
+
     /// Takes a name that was given to an instance; false if another one has it.
     pub(super) fn take_name(&mut self, name: &str) -> bool {
         self.named.insert(name.to_owned())
@@ -51,7 +119,8 @@ impl StateFolder {
         name: &str,
         log: &LogSink,
     ) -> Result<Arc<OwnedFd>, StartError> {
-        match kept(disk)? {
+        let kept = if self.is_trial { Kept::InMemory } else { kept(disk)? };
+        match kept {
             Kept::At(path) => {
                 let folder = self.folder(disk, path)?;
                 folder
@@ -60,6 +129,11 @@ impl StateFolder {
                     .map_err(|source| StartError::State { disk: disk.name.clone(), source })
             }
             Kept::InMemory => {
+                if self.is_trial {
+                    let file = volatile()
+                        .map_err(|source| system(&disk.name, "keep a filter's state", source))?;
+                    return Ok(Arc::new(file.into()));
+                }
                 let text = format!(
                     "disk {}: the state of filter {filter} is in memory, as the disk is, and \
                      lost with it; state=DIR keeps it",

@@ -128,7 +128,8 @@ static uint32_t io_done(void *self, struct upcall_request *req) {
 
 static int32_t event(void *self, uint32_t event) {
     static const char *const names[] = { "", "event stun", "event unstun", "event attach",
-                                         "event detach" };
+                                         "event detach", "event migrate-out",
+                                         "event migrate-in" };
     struct changing *c = self;
     if (event == UPCALL_EVENT_STUN && is(c, "refuse-stun"))
         return -EBUSY;
@@ -140,7 +141,7 @@ static int32_t event(void *self, uint32_t event) {
         atomic_store(&c->stunned, true);
     if (event == UPCALL_EVENT_UNSTUN)
         atomic_store(&c->stunned, false);
-    if (event <= UPCALL_EVENT_DETACH)
+    if (event <= UPCALL_EVENT_MIGRATE_IN)
         up->log(c->inst, UPCALL_LOG_INFO, names[event]);
     return 0;
 }

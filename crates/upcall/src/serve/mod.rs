@@ -31,7 +31,8 @@ use std::sync::Arc;
 
 use rustix::process::{Pid, Resource};
 use upcall_worker::{
-    LogLevel, RecoveryPolicy, SocketSource, StoreFailures, Wake, Worker, WorkerConfig,
+    DiskSummary, ExitReport, LogLevel, MovableWorker, RecoveryPolicy, SocketSource, StoreFailures,
+    Wake, Worker, WorkerConfig,
 };
 
 use self::handover::{Orders, ToSupervisor};
@@ -82,13 +83,13 @@ fn serve(
 ) -> Result<(), Failure> {
     allow_descriptors();
     let mut failures = StoreFailures::default();
-    let (plan, stats, supervisor) = match supervised {
+    let (plan, stats, supervisor, specs) = match supervised {
         None => {
             let disks = disks(&args, read_config(&args)?.as_deref())?;
             let sockets = plan::sockets(&disks)?;
-            let plan = plan::make(disks, sockets)?;
+            let plan = plan::make(disks.clone(), sockets)?;
             let stats = place_stats(&args, &plan, rustix::process::getpid())?;
-            (plan, stats, None)
+            (plan, stats, None, disks)
         }
         Some((orders, supervisor)) => {
             let disks = disks(&args, orders.config.as_deref())?;
@@ -99,24 +100,34 @@ fn serve(
                     *socket = Some((SocketSource::Fd(fd), path));
                 }
             }
-            let plan = plan::make(disks, sockets)?;
+            let plan = plan::make(disks.clone(), sockets)?;
             let owner = rustix::process::getppid().unwrap_or(Pid::INIT);
             let stats = place_stats(&args, &plan, owner)?;
             failures.known = orders.failed;
             failures.report = Some(Arc::new(move |disk, text| supervisor.say_failed(disk, text)));
-            (plan, stats, Some(supervisor))
+            (plan, stats, Some(supervisor), disks)
         }
     };
     let log = log::sink(args.log_level);
-    let config = WorkerConfig {
-        disks: plan.disks,
-        stats: Some(stats.clone()),
-        drain_ms: args.drain_ms,
-        recovery: RecoveryPolicy::default(),
-        write_down: None,
-        log: log.clone(),
+    let whole = {
+        let (stats, drain_ms, log) = (stats.clone(), args.drain_ms, log.clone());
+        move |disks| WorkerConfig {
+            disks,
+            stats: Some(stats.clone()),
+            drain_ms,
+            recovery: RecoveryPolicy::default(),
+            write_down: None,
+            log: log.clone(),
+        }
     };
-    let worker = Worker::start_after(config, &failures).map_err(Failure::new)?;
+    let config = whole(plan.disks);
+    let worker = if args.movable {
+        let again = move || whole(plan::without_frontends(&specs));
+        MovableWorker::start(config, Box::new(again), &failures).map(Serving::Movable)
+    } else {
+        Worker::start_after(config, &failures).map(Serving::Here)
+    };
+    let worker = worker.map_err(Failure::new)?;
     let mut offer = offer::describe(&worker.disks(), &plan.places, &stats);
     offer.push_str("ready\n");
     match supervisor {
@@ -124,7 +135,7 @@ fn serve(
         // Who does not read what is offered is served all the same.
         None => drop(print(&offer)),
     }
-    while worker.wait(shutdown.as_fd(), hangup.as_fd()) == Wake::News {
+    while upcall_worker::wait(shutdown.as_fd(), hangup.as_fd()) == Wake::News {
         if hangup.take() {
             worker.look_again();
         }
@@ -141,6 +152,35 @@ fn allow_descriptors() {
     limit.current = limit.maximum;
     // With fewer it works, too: who cannot be let in waits.
     let _ = rustix::process::setrlimit(Resource::Nofile, limit);
+}
+
+/// A worker, wherever its guest is.
+enum Serving {
+    Here(Worker),
+    Movable(MovableWorker),
+}
+
+impl Serving {
+    fn disks(&self) -> Vec<DiskSummary> {
+        match self {
+            Serving::Here(worker) => worker.disks(),
+            Serving::Movable(worker) => worker.disks(),
+        }
+    }
+
+    fn look_again(&self) {
+        match self {
+            Serving::Here(worker) => worker.look_again(),
+            Serving::Movable(worker) => worker.look_again(),
+        }
+    }
+
+    fn shutdown(self) -> ExitReport {
+        match self {
+            Serving::Here(worker) => worker.shutdown(),
+            Serving::Movable(worker) => worker.shutdown(),
+        }
+    }
 }
 
 fn place_stats(args: &ServeArgs, plan: &Plan, owner: Pid) -> Result<PathBuf, Failure> {

@@ -92,6 +92,13 @@ pub fn make(specs: Vec<DiskSpec>, sockets: Vec<Socket>) -> Result<Plan, Failure>
     Ok(Plan { disks, places })
 }
 
+/// The same disks once more, served to nobody: for a worker whose frontends are elsewhere.
+/// They were planned before, with frontends.
+pub fn without_frontends(specs: &[DiskSpec]) -> Vec<DiskConfig> {
+    let disk = |spec: &DiskSpec| disk_of(spec.clone(), None, QUEUES).expect("planned before");
+    specs.iter().map(disk).collect()
+}
+
 fn disk_of(
     spec: DiskSpec,
     frontend: Option<FrontendConfig>,

@@ -58,7 +58,8 @@ extern "C" {
  * as its author compiled it, and what lies beyond is taken as zero.
  *
  * 1.1: UPCALL_FILTER_SIDECAR; sidecar_read(), sidecar_write(), sidecar_sync().
- * 1.2: upcall_filter.save_state, load_state; events ATTACH and DETACH.
+ * 1.2: upcall_filter.save_state, load_state; events ATTACH and DETACH, MIGRATE_OUT and
+ *      MIGRATE_IN.
  */
 #define UPCALL_ABI_MAJOR 1u
 #define UPCALL_ABI_MINOR 2u
@@ -341,7 +342,17 @@ enum {
     /* Since 1.2: the instance joins the chain of a disk that is in use; after load_state(). */
     UPCALL_EVENT_ATTACH = 3,
     /* Since 1.2: it leaves the chain, and nobody takes its place; before close(). */
-    UPCALL_EVENT_DETACH = 4
+    UPCALL_EVENT_DETACH = 4,
+    /*
+     * Since 1.2: the disk's guest moves to another host; no request is in flight. What
+     * save_state() gives next, before close(), goes with it. An error changes nothing.
+     */
+    UPCALL_EVENT_MIGRATE_OUT = 5,
+    /*
+     * Since 1.2: the guest has come from another host, or back as it could not stay there; after
+     * load_state(), which is called only if the instance there had saved something.
+     */
+    UPCALL_EVENT_MIGRATE_IN = 6
 };
 
 /* upcall_filter.flags */

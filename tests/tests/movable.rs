@@ -1,0 +1,203 @@
+//! `upcall serve --movable`: a guest moves between two workers on one image, and back, and each
+//! of them has the image only while the guest is there.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use upcall_tests::{Part, RawClient, RawOptions, Scratch, Server, c_filter, kind, root, status};
+
+const BYTES: u64 = 8 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An image, and what two hosts make of it.
+struct Shared {
+    scratch: Scratch,
+    image: PathBuf,
+    watcher: PathBuf,
+}
+
+/// A worker on a host of its own.
+struct Host {
+    server: Server,
+    socket: PathBuf,
+    _scratch: Scratch,
+}
+
+impl Shared {
+    fn new() -> Shared {
+        let scratch = Scratch::new();
+        let image = scratch.image("disk.img", BYTES);
+        let watcher = scratch.join("watcher.so");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-std=c11", "-O1", "-shared", "-fPIC", "-I"]);
+        compiler.arg(root().join("sdk/c/include"));
+        compiler.arg(root().join("crates/upcall-worker/tests/data/changing.c"));
+        compiler.arg("-o").arg(&watcher);
+        assert!(compiler.status().unwrap().success(), "{compiler:?}");
+        Shared { scratch, image, watcher }
+    }
+
+    /// A worker behind a filter that saves its state and, if `changes`, one that changes data.
+    fn serve(&self, changes: bool) -> Host {
+        let scratch = Scratch::new();
+        let socket = scratch.join("d.sock");
+        let disk = format!(
+            "name=root,file={},socket={},queues=1,direct=off",
+            self.image.display(),
+            socket.display()
+        );
+        let watcher = format!("disk=root,file={}", self.watcher.display());
+        let xor = format!("disk=root,file={}", c_filter("xor", 64).display());
+        let mut args = vec!["--movable", "--disk", &disk, "--filter", &watcher];
+        args.extend(if changes { &["--filter", &xor][..] } else { &[] });
+        Host { server: Server::start(&scratch, &args), socket, _scratch: scratch }
+    }
+
+    fn handover(&self) -> PathBuf {
+        self.scratch.join("disk.img.upcall/handover")
+    }
+}
+
+impl Host {
+    fn connect(&self) -> JoinHandle<RawClient> {
+        let socket = self.socket.clone();
+        std::thread::spawn(move || RawClient::connect(&socket, RawOptions::default()).unwrap())
+    }
+
+    /// Waits until it has said something `times` times.
+    #[track_caller]
+    fn hear(&self, what: &str, times: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.server.stderr().matches(what).count() < times {
+            assert!(
+                Instant::now() < deadline,
+                "not {times} times {what:?}:\n{}",
+                self.server.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn write(client: &mut RawClient, sector: u64, byte: u8) {
+    let (code, _) = client.request(0, kind::WRITE, sector, &[Part::Out(vec![byte; 512])]);
+    assert_eq!(code, status::OK);
+}
+
+fn read(client: &mut RawClient, sector: u64) -> Vec<u8> {
+    let (code, bytes) = client.request(0, kind::READ, sector, &[Part::In(512)]);
+    assert_eq!(code, status::OK);
+    bytes
+}
+
+/// As a hypervisor does when a migration comes to its end.
+fn leave(client: &mut RawClient) {
+    client.start_logging().unwrap();
+    client.stop(0).unwrap();
+}
+
+fn start_again(mut client: RawClient) -> JoinHandle<RawClient> {
+    std::thread::spawn(move || {
+        let base = client.device_index(0);
+        client.stop_logging().unwrap();
+        client.start(0, base).unwrap();
+        client
+    })
+}
+
+#[test]
+fn a_guest_moves_to_another_worker_and_back_with_what_filters_saved() {
+    let shared = Shared::new();
+    let (here, there) = (shared.serve(true), shared.serve(true));
+    assert!(there.server.stdout().contains("another process uses it: waiting"));
+    let mut source = here.connect().join().unwrap();
+    write(&mut source, 1, 1);
+    // The guest gives its write cache up, and need not say so again.
+    source.set_config(32, &[0]).unwrap();
+
+    let target = there.connect();
+    std::thread::sleep(Duration::from_millis(300));
+    write(&mut source, 2, 2);
+    assert!(!target.is_finished(), "two workers serve one image at once");
+    leave(&mut source);
+    here.hear("given up", 1);
+    let mut target = target.join().unwrap();
+    assert_eq!((read(&mut target, 1), read(&mut target, 2)), (vec![1; 512], vec![2; 512]));
+    assert_eq!(target.config().unwrap().writeback, 0);
+    here.hear("event migrate-out", 1);
+    there.hear("event load 1 seen 2", 1);
+    there.hear("event migrate-in", 1);
+    assert!(!shared.handover().exists(), "taken up, and handed over once");
+
+    write(&mut target, 3, 3);
+    let again = start_again(source);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!again.is_finished(), "two workers serve one image at once");
+    leave(&mut target);
+    let mut source = again.join().unwrap();
+    assert_eq!(read(&mut source, 3), vec![3; 512]);
+    here.hear("event load 1 seen 5", 1);
+    drop((source, target));
+    here.server.stop();
+    there.server.stop();
+}
+
+#[test]
+fn a_migration_that_fails_at_its_end_goes_on_where_it_began() {
+    let shared = Shared::new();
+    let here = shared.serve(true);
+    let mut source = here.connect().join().unwrap();
+    write(&mut source, 7, 7);
+    leave(&mut source);
+    here.hear("given up", 1);
+    assert!(shared.handover().exists());
+    let mut source = start_again(source).join().unwrap();
+    assert_eq!(read(&mut source, 7), vec![7; 512]);
+    here.hear("event load 1 seen 1", 1);
+    here.hear("event migrate-in", 1);
+    assert!(!shared.handover().exists());
+    // A pause is no migration.
+    let base = source.stop(0).unwrap();
+    source.start(0, base).unwrap();
+    assert_eq!(read(&mut source, 7), vec![7; 512]);
+    assert_eq!(here.server.stderr().matches("given up").count(), 1);
+    // And when nobody is connected any more, the image is free for whoever comes.
+    drop(source);
+    here.hear("given up", 2);
+    let there = shared.serve(true);
+    assert!(!there.server.stdout().contains("waiting"), "{}", there.server.stdout());
+    let mut next = there.connect().join().unwrap();
+    assert_eq!(read(&mut next, 7), vec![7; 512]);
+    drop(next);
+    there.server.stop();
+    here.server.stop();
+}
+
+#[test]
+fn a_worker_with_another_chain_does_not_take_the_disk_up() {
+    let shared = Shared::new();
+    let (here, there) = (shared.serve(true), shared.serve(false));
+    let mut source = here.connect().join().unwrap();
+    write(&mut source, 5, 5);
+    let target = there.connect();
+    leave(&mut source);
+    there.hear("give it the same filters", 1);
+    assert!(!target.is_finished());
+    let mut source = start_again(source).join().unwrap();
+    assert_eq!(read(&mut source, 5), vec![5; 512]);
+    drop(source);
+    here.server.stop();
+    drop(there);
+    let _ = target.join();
+}
+
+#[test]
+fn what_cannot_move_is_refused() {
+    let scratch = Scratch::new();
+    let disk = format!("name=m,memory=1M,socket={}", scratch.join("m.sock").display());
+    let ended = upcall_tests::upcall(&["serve", "--movable", "--disk", &disk]);
+    assert_eq!(ended.code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("only raw images and devices"), "{}", ended.stderr);
+}
