@@ -51,7 +51,9 @@ impl Shared {
         let watcher = format!("disk=root,file={}", self.watcher.display());
         let xor = format!("disk=root,file={}", c_filter("xor", 64).display());
         let mut args = vec!["--movable", "--disk", &disk, "--filter", &watcher];
-        args.extend(if changes { &["--filter", &xor][..] } else { &[] });
+        if changes {
+            args.extend(["--filter", &xor]);
+        }
         Host { server: Server::start(&scratch, &args), socket, _scratch: scratch }
     }
 

@@ -72,7 +72,7 @@ host() { # NAME NUMBER
         for folder in $OWN; do mount --bind "$ROOT$folder" "$folder"; done
         for folder in $BOTH; do mount --bind "$ALL$folder" "$folder"; done
         (cd "$TOP" && eval "$COMMAND")
-        exec libvirtd --timeout 0' </dev/null >"$root/libvirtd.log" 2>&1 &
+        exec libvirtd --timeout 0 --pid-file /run/libvirt/libvirtd.pid' </dev/null >"$root/libvirtd.log" 2>&1 &
     daemons+=($!)
     uri[$1]="qemu+unix:///system?socket=$root/run/libvirt/libvirt-sock"
     local i
