@@ -92,7 +92,7 @@ impl Folder {
         if let Some(found) = self.open_file(&file, OFlags::RDWR)? {
             return Ok(found.into());
         }
-        self.create(&file, |file| sidecar::write_new(file)).map(OwnedFd::from)
+        self.create(&file, sidecar::write_new).map(OwnedFd::from)
     }
 
     /// What the sidecar of that name holds. The outer None: there is no such file; the inner:

@@ -56,7 +56,7 @@ impl Handover {
         while !failed.is_char_boundary(end) {
             end -= 1;
         }
-        put(failed[..end].as_bytes());
+        put(&failed.as_bytes()[..end]);
         let head = [VERSION, self.write_cache.into()].map(u32::to_le_bytes).concat();
         bytes.splice(8..8, head);
         bytes.extend_from_slice(&(self.chain.len() as u32).to_le_bytes());

@@ -40,7 +40,8 @@ end_all() {
             tail -n 15 "$scratch/$name/var/log/upcall/vm1.log" || true
             tail -n 5 "$scratch/$name/libvirtd.log" "$scratch/$name/var/log/libvirt/qemu/vm1.log" || true
         fi
-        kill "$(cat "$scratch/$name/run/upcall/vm1.pid")" 2>/dev/null || true
+        [ ! -e "$scratch/$name/run/upcall/vm1.pid" ] ||
+            kill "$(cat "$scratch/$name/run/upcall/vm1.pid")" 2>/dev/null || true
     done
     [ "${#daemons[@]}" = 0 ] || kill "${daemons[@]}" 2>/dev/null || true
     sleep 1
