@@ -2,11 +2,12 @@
 //! served.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Signal, getrlimit, setrlimit};
 use upcall_tests::nbd::{RawNbd, nbdsh, succeed};
-use upcall_tests::{Rng, Scratch, Server, rust_filter};
+use upcall_tests::{Rng, Scratch, Server, rust_filter, upcall_program};
 
 const STRUCTURED_REPLY: u32 = 8;
 const SET_META_CONTEXT: u32 = 10;
@@ -103,7 +104,16 @@ fn a_thousand_idle_clients_cost_a_descriptor_and_little_memory_each() {
     }
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).unwrap();
-    let served = serve("memory=64M,nbd-connections=1016", &[]);
+    // The usual soft limit, and less: it raises that itself.
+    let scratch = Scratch::new();
+    let socket = scratch.join("n.sock");
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "ulimit -Sn 256; exec \"$@\"", "sh"]).arg(upcall_program());
+    command.args(["serve", "--disk"]);
+    let nbd = format!("nbd=unix:{},nbd-connections=1016", socket.display());
+    command.arg(format!("name=root,memory=64M,{nbd}"));
+    let server = Server::spawn(&scratch, command);
+    let served = Served { scratch, socket, server };
     let pid = served.server.pid().as_raw_pid();
     let count = |what: &str| std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
     served.expect_service();
