@@ -51,6 +51,7 @@ fn as_text(filter: &Description) -> String {
     line("data", &data_access(filter));
     line("answers", &ops(filter.answers));
     line("issues", &if filter.issues() { "requests of its own" } else { "nothing" });
+    line("keeps", &if filter.wants_sidecar() { "a state of its own (sidecar)" } else { "nothing" });
     if filter.params.is_empty() {
         text += "\nIt has no parameters.\n";
     } else {
@@ -111,6 +112,7 @@ fn as_json(filter: &Description) -> Value {
         "changes": names(filter.changes),
         "answers": names(filter.answers),
         "issues": filter.issues(),
+        "sidecar": filter.wants_sidecar(),
         "params": filter.params.iter().map(param).collect::<Vec<_>>(),
     })
 }

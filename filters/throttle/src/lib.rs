@@ -33,6 +33,7 @@ struct Shared {
     held: Counter,
     released: Counter,
     cancelled: Counter,
+    late: Counter,
 }
 
 struct Queue {
@@ -91,6 +92,7 @@ impl Filter for Throttle {
             held: instance.counter(c"held"),
             released: instance.counter(c"released"),
             cancelled: instance.counter(c"cancelled"),
+            late: instance.counter(c"late"),
             instance,
         };
         Ok(Throttle { shared: Arc::new(shared) })
@@ -155,6 +157,7 @@ fn release(shared: &Weak<Shared>) {
     let now_ns = nanoseconds(shared.instance.now());
     let mut queue = shared.queue();
     let mut released = queue.limiter.release(now_ns);
+    shared.late.add(queue.limiter.take_late());
     let next = start_timer(&shared, &queue.limiter);
     if next.is_none() {
         // Nothing waits any more; or there is no timer, and nothing may go on waiting.

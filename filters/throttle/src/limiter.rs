@@ -1,11 +1,17 @@
 //! Two buckets and a queue before them. No clock, no threads, no requests: only what they cost.
 //!
 //! Always true: what waits leaves in the order in which it came; nothing passes while
-//! something waits; every item that was handed in comes out once.
+//! something waits; every item that was handed in comes out once, within [`WAIT_NS_MAX`] if
+//! [`release`](Limiter::release) is called when [`wait_ns`](Limiter::wait_ns) says.
 
 use std::collections::VecDeque;
 
 use crate::bucket::Bucket;
+
+/// The longest wait. A filter that holds a request for longer than its deadline (30 s for this
+/// class, unless told otherwise) counts as one that hangs, and is killed: so a limit that is
+/// too low for what a guest has in flight is exceeded instead.
+pub const WAIT_NS_MAX: u64 = 20_000_000_000;
 
 /// What a request costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,13 +24,21 @@ pub struct Cost {
 pub struct Limiter<T> {
     operations: Option<Bucket>,
     bytes: Option<Bucket>,
-    waiting: VecDeque<(Cost, T)>,
+    waiting: VecDeque<Waiting<T>>,
+    now_ns: u64,
+    late: u64,
+}
+
+struct Waiting<T> {
+    cost: Cost,
+    since_ns: u64,
+    item: T,
 }
 
 impl<T> Limiter<T> {
     /// Without a bucket there is no limit of that kind.
     pub fn new(operations: Option<Bucket>, bytes: Option<Bucket>) -> Limiter<T> {
-        Limiter { operations, bytes, waiting: VecDeque::new() }
+        Limiter { operations, bytes, waiting: VecDeque::new(), now_ns: 0, late: 0 }
     }
 
     /// Whether a request may pass now; it is paid for then. Else hold it, and
@@ -36,38 +50,49 @@ impl<T> Limiter<T> {
 
     /// Puts what was not admitted at the end of the queue.
     pub fn wait(&mut self, cost: Cost, item: T) {
-        self.waiting.push_back((cost, item));
+        self.waiting.push_back(Waiting { cost, since_ns: self.now_ns, item });
     }
 
     /// Takes out what may go now, in order.
     pub fn release(&mut self, now_ns: u64) -> Vec<T> {
         self.fill(now_ns);
         let mut released = Vec::new();
-        while let Some((cost, _)) = self.waiting.front() {
+        while let Some(Waiting { cost, since_ns, .. }) = self.waiting.front() {
+            let is_late = now_ns.saturating_sub(*since_ns) >= WAIT_NS_MAX;
             if !self.pay(*cost) {
-                break;
+                if !is_late {
+                    break;
+                }
+                self.late += 1;
             }
-            released.extend(self.waiting.pop_front().map(|(_, item)| item));
+            released.extend(self.waiting.pop_front().map(|waiting| waiting.item));
         }
         released
+    }
+
+    /// How many were released since the last call although there was nothing to pay with.
+    pub fn take_late(&mut self) -> u64 {
+        std::mem::take(&mut self.late)
     }
 
     /// Nanoseconds until something may go, counted from the time of the last call; none if
     /// nothing waits.
     pub fn wait_ns(&self) -> Option<u64> {
-        let (cost, _) = self.waiting.front()?;
+        let Waiting { cost, since_ns, .. } = self.waiting.front()?;
         let operations = self.operations.as_ref().map_or(0, |bucket| bucket.wait_ns(1));
         let bytes = self.bytes.as_ref().map_or(0, |bucket| bucket.wait_ns(cost.bytes));
-        Some(operations.max(bytes))
+        let longest_ns = (since_ns + WAIT_NS_MAX).saturating_sub(self.now_ns);
+        Some(operations.max(bytes).min(longest_ns))
     }
 
     /// Takes out what is no longer wanted; it costs nothing.
     pub fn remove(&mut self, is_meant: impl Fn(&T) -> bool) -> Option<T> {
-        let index = self.waiting.iter().position(|(_, item)| is_meant(item))?;
-        self.waiting.remove(index).map(|(_, item)| item)
+        let index = self.waiting.iter().position(|waiting| is_meant(&waiting.item))?;
+        self.waiting.remove(index).map(|waiting| waiting.item)
     }
 
     fn fill(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
         let waiting = !self.waiting.is_empty();
         for bucket in self.operations.iter_mut().chain(&mut self.bytes) {
             bucket.fill(now_ns, waiting);
@@ -137,6 +162,24 @@ mod tests {
             assert!(!limiter.admit(0, cost(4096)));
         }
         assert!(limiter.admit(1000 * MS, cost(4096)));
+    }
+
+    #[test]
+    fn nothing_waits_longer_than_a_filter_may_hold_it() {
+        let mut limiter = limiter(1, 0);
+        assert!(limiter.admit(0, cost(0)));
+        for item in 0..64 {
+            assert!(!limiter.admit(0, cost(0)));
+            limiter.wait(cost(0), item);
+        }
+        let (mut now_ns, mut released) = (0, Vec::new());
+        while let Some(wait_ns) = limiter.wait_ns() {
+            now_ns += wait_ns.max(MS);
+            released.extend(limiter.release(now_ns));
+            assert!(now_ns <= WAIT_NS_MAX);
+        }
+        assert_eq!(released, (0..64).collect::<Vec<_>>(), "all, in order");
+        assert_eq!((limiter.take_late(), limiter.take_late()), (44, 0));
     }
 
     #[test]
