@@ -18,16 +18,15 @@
 pub mod crowd;
 pub mod filters;
 pub mod floor;
-pub mod histogram;
 pub mod idle;
 pub mod machine;
-pub mod measure;
 pub mod nbd;
 pub mod path;
-pub mod process;
 pub mod report;
 pub mod stalls;
 pub mod upcall;
+
+use upcall_measure::{clock, histogram, measure, process};
 
 use measure::{Effort, Section};
 

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use upcall_bench::filters::{programs, root};
 use upcall_bench::floor::peer;
 use upcall_bench::machine::Machine;
-use upcall_bench::measure::Effort;
 use upcall_bench::report::{self, Report};
 use upcall_bench::{ALL, Bench};
+use upcall_measure::measure::Effort;
 
 const USAGE: &str = "usage: bench [--quick] [--out FOLDER] [NAME...]
 

@@ -15,11 +15,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use upcall_bench::filters::{Data, Filters, Kind};
-use upcall_bench::process::Used;
-use upcall_bench::upcall::rig::{self, Link};
 use upcall_block::{
     DiskInfo, Op, QueueError, Range, Request, RequestFlags, RequestQueue, Status, Tag,
 };
+use upcall_measure::process::Used;
+use upcall_measure::rig::{self, Link};
 use upcall_ring::{Access, Buffers, Doorbell, Mapping, memfd};
 use upcall_tests::Scratch;
 use upcall_worker::Placement;

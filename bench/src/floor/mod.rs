@@ -10,9 +10,9 @@ pub mod peer;
 mod ring;
 mod wake;
 
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use crate::clock::clock_ns;
 use crate::histogram::Histogram;
 use crate::measure::{Effort, Round, Section};
 use crate::process;
@@ -75,21 +75,6 @@ impl Drop for Bound {
     fn drop(&mut self) {
         let _ = process::pin(None, &self.0);
     }
-}
-
-/// What reading the clock costs, in nanoseconds.
-pub fn clock_ns() -> u64 {
-    static COST: OnceLock<u64> = OnceLock::new();
-    *COST.get_or_init(|| {
-        let mut costs = Histogram::default();
-        let mut last = Instant::now();
-        for _ in 0..20_000 {
-            let now = Instant::now();
-            costs.record((now - last).as_nanos() as u64);
-            last = now;
-        }
-        costs.quantile_ns(0.5)
-    })
 }
 
 /// Calls `trip` again and again for `slice`, and times each call.

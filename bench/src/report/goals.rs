@@ -5,10 +5,10 @@
 use std::fmt::Write;
 
 use super::Report;
-use super::page::{amount, times};
 use crate::measure::{Metric, Spread, Unit};
 use crate::path::servers::Disk;
 use crate::{crowd, floor, idle, nbd, path, stalls, upcall};
+use upcall_measure::text::{amount, times};
 
 struct Goal {
     what: &'static str,
@@ -118,7 +118,7 @@ const GOALS: &[Goal] = &[
                 let name = format!("sleeps {who}");
                 Some(metric(report, "upcall", upcall::ASLEEP, upcall::ONE, &name)?.spread().median)
             };
-            let sleeps = of(upcall::load::ENGINE)? + of(upcall::rig::HOSTS)?;
+            let sleeps = of(upcall_measure::load::ENGINE)? + of(upcall_measure::rig::HOSTS)?;
             Some((format!("{sleeps:.2}"), sleeps <= 3.1))
         },
     },

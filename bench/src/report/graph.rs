@@ -4,10 +4,10 @@
 use std::fmt::Write;
 
 use super::Report;
-use super::page::amount;
 use crate::measure::{Section, Unit};
 use crate::path::servers::Disk;
 use crate::{path, upcall};
+use upcall_measure::text::amount;
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 400.0;

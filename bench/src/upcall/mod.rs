@@ -4,16 +4,13 @@
 //! A figure is that of a whole request: into the engine, through the chain, to the store and
 //! out. What an up-call costs is the difference to the same without a filter.
 
-pub mod load;
-pub mod rig;
-
 use upcall_block::Op;
 use upcall_worker::Placement;
 
 use crate::filters::{Data, Filters, Kind, programs};
 use crate::measure::{Effort, Section};
-use load::{Arrivals, Plan};
-use rig::{Link, Rig};
+use upcall_measure::load::{Arrivals, Plan};
+use upcall_measure::rig::{Link, Rig};
 
 /// The side without filters.
 pub const NONE: &str = "no filter";
@@ -127,7 +124,9 @@ fn sides(effort: &Effort) -> Result<Vec<Side>, String> {
         sides.push(Side { name: format!("1 filter{name}"), chain, loads: loads.into() });
     };
     let link = |kind| filters.build(kind, 0).map(Link::to);
-    let plain = |mode| link(Kind::PLAIN).map(|link| Link { mode: Some(mode), ..link });
+    let plain = |mode: &str| {
+        link(Kind::PLAIN).map(|link| Link { params: vec![("mode".into(), mode.into())], ..link })
+    };
     one(", watching", plain("watch"), &both);
     one(", sees data", link(Kind::with(Data::Sees)), &writes_and_reads);
     one(", changes data", link(Kind::with(Data::Changes)), &writes_and_reads);

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 something went wrong (said on standard error), 2 wrong usage.
 
+mod bench;
 mod check;
 mod cli;
 mod failure;
@@ -39,6 +40,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::Top(args) => top::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Sidecar(args) => state::sidecar(args),
         Command::Gaps(args) => state::gaps(args),
         Command::Filter(FilterCommand::Info(args)) => info::run(args),

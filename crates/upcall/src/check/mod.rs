@@ -20,8 +20,6 @@ mod statics;
 use std::path::Path;
 use std::time::Duration;
 
-use upcall_worker::Placement;
-
 use crate::cli::{CheckArgs, PlacementName};
 use crate::failure::Failure;
 use crate::info::describe;
@@ -40,10 +38,7 @@ pub fn run(args: CheckArgs) -> Result<(), Failure> {
     let target = Target {
         filter: args.file.clone(),
         params: args.params.clone(),
-        placement: match args.placement {
-            PlacementName::Isolated => Placement::Isolated,
-            PlacementName::Inline => Placement::Inline,
-        },
+        placement: args.placement.into(),
         grants: args.grants,
         timeout: Duration::from_millis(args.timeout_ms),
     };

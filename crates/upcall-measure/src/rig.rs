@@ -1,7 +1,7 @@
 //! A worker in this process, with a chain, the null store and a [`LoadQueue`]: all that an
 //! up-call needs.
 //!
-//! [`LoadQueue`]: super::load::LoadQueue
+//! [`LoadQueue`]: crate::load::LoadQueue
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use upcall_worker::{
     WorkerConfig,
 };
 
-use super::load::{Arrivals, Handle, Plan, load_queue};
+use crate::load::{Arrivals, Handle, Plan, load_queue};
 use crate::measure::Round;
 use crate::process;
 
@@ -31,8 +31,8 @@ const WARM_UP: Duration = Duration::from_millis(5);
 pub struct Link {
     /// Its shared object.
     pub filter: PathBuf,
-    /// What it does, for filters that have a parameter `mode`.
-    pub mode: Option<&'static str>,
+    /// Its parameters: names and values.
+    pub params: Vec<(String, String)>,
     /// Where it runs.
     pub placement: Placement,
 }
@@ -40,7 +40,7 @@ pub struct Link {
 impl Link {
     /// A filter in a process of its own, as it comes.
     pub fn to(filter: PathBuf) -> Link {
-        Link { filter, mode: None, placement: Placement::Isolated }
+        Link { filter, params: Vec::new(), placement: Placement::Isolated }
     }
 }
 
@@ -137,7 +137,7 @@ pub fn worker(chain: &[Link], log: LogSink) -> Result<Worker, String> {
         deadline_ms: None,
         on_failure: None,
         memory_bytes: None,
-        params: link.mode.map(|mode| ("mode".to_owned(), mode.to_owned())).into_iter().collect(),
+        params: link.params.clone(),
         grants: Vec::new(),
     };
     let disk = DiskConfig {

@@ -12,7 +12,7 @@ use upcall_block::{
 };
 use upcall_ring::{Access, Buffers, Doorbell, Mapping, memfd};
 
-use crate::floor::clock_ns;
+use crate::clock::clock_ns;
 use crate::measure::Round;
 use crate::process::{self, Used};
 
