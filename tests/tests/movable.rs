@@ -41,6 +41,10 @@ impl Shared {
 
     /// A worker behind a filter that saves its state and, if `changes`, one that changes data.
     fn serve(&self, changes: bool) -> Host {
+        self.serve_with(changes, &[])
+    }
+
+    fn serve_with(&self, changes: bool, more: &[&str]) -> Host {
         let scratch = Scratch::new();
         let socket = scratch.join("d.sock");
         let disk = format!(
@@ -54,6 +58,7 @@ impl Shared {
         if changes {
             args.extend(["--filter", &xor]);
         }
+        args.extend(more);
         Host { server: Server::start(&scratch, &args), socket, _scratch: scratch }
     }
 
@@ -193,6 +198,27 @@ fn a_worker_with_another_chain_does_not_take_the_disk_up() {
     here.server.stop();
     drop(there);
     let _ = target.join();
+}
+
+#[test]
+fn a_worker_that_dies_while_its_guest_is_there_has_the_disk_again_when_it_is_back() {
+    let shared = Shared::new();
+    let here = shared.serve_with(true, &["--restart", "--restart-pause-ms", "100"]);
+    let there = shared.serve(true);
+    let mut guest = RawClient::connect_tracked(&here.socket, RawOptions::default()).unwrap();
+    for round in 0..3 {
+        write(&mut guest, 9, round);
+        for worker in here.server.children() {
+            let worker = rustix::process::Pid::from_raw(worker).unwrap();
+            rustix::process::kill_process(worker, rustix::process::Signal::KILL).unwrap();
+        }
+        guest.reconnect(&here.socket);
+        assert_eq!(read(&mut guest, 9), vec![round; 512]);
+    }
+    assert!(!there.server.stderr().contains("taken up"), "nobody is there who wants it");
+    drop(guest);
+    here.server.stop();
+    there.server.stop();
 }
 
 #[test]

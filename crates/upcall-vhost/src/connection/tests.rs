@@ -1112,7 +1112,7 @@ fn a_log_that_does_not_cover_the_memory_or_could_shrink_is_refused() {
         unsealed.set_len(log.length()).unwrap();
         let fd = if short { log.fd() } else { unsealed.as_fd() };
         client.send(SET_LOG_BASE, &body, &[fd]);
-        client.server.join().unwrap().unwrap_err().to_string()
+        client.end().unwrap_err().to_string()
     };
     let error = refused(true);
     assert!(error.contains("covers guest addresses up to 0x40000000"), "{error}");
