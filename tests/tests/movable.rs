@@ -1,6 +1,7 @@
 //! `upcall serve --movable`: a guest moves between two workers on one image, and back, and each
 //! of them has the image only while the guest is there.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread::JoinHandle;
@@ -219,6 +220,21 @@ fn a_worker_that_dies_while_its_guest_is_there_has_the_disk_again_when_it_is_bac
     drop(guest);
     here.server.stop();
     there.server.stop();
+}
+
+#[test]
+fn readers_share_an_image_whose_filters_have_a_folder() {
+    let shared = Shared::new();
+    std::fs::DirBuilder::new().mode(0o700).create(shared.scratch.join("disk.img.upcall")).unwrap();
+    let readers = [Scratch::new(), Scratch::new()].map(|scratch| {
+        let disk = format!(
+            "name=root,file={},socket={},readonly=on,direct=off",
+            shared.image.display(),
+            scratch.join("d.sock").display()
+        );
+        (Server::start(&scratch, &["--disk", &disk]), scratch)
+    });
+    readers.into_iter().for_each(|(server, _scratch)| server.stop());
 }
 
 #[test]

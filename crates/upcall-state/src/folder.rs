@@ -32,6 +32,12 @@ pub fn name_of(filter: &str, number: usize) -> String {
     format!("{filter}-{number}")
 }
 
+/// Whether a worker has handed over to the next in the folder at `path`; who looks holds the
+/// image, so that nobody does so now.
+pub fn has_handover(path: &Path) -> bool {
+    path.join(HANDOVER).symlink_metadata().is_ok()
+}
+
 /// A disk's folder, locked until dropped.
 #[derive(Debug)]
 pub struct Folder {

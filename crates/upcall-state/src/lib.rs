@@ -39,6 +39,6 @@ mod handover;
 mod sidecar;
 
 pub use error::StateError;
-pub use folder::{Folder, folder_of, name_of};
+pub use folder::{Folder, folder_of, has_handover, name_of};
 pub use handover::Handover;
 pub use sidecar::{SIDECAR_MAX, State, parse, volatile};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use upcall_gap::Gaps;
-use upcall_state::{Folder, Handover, folder_of, name_of, volatile};
+use upcall_state::{Folder, Handover, folder_of, has_handover, name_of, volatile};
 
 use super::gaps::Made;
 use super::system;
@@ -41,7 +41,8 @@ impl StateFolder {
         StateFolder { is_trial: true, ..StateFolder::default() }
     }
 
-    /// Looks whether a worker before handed something over, in a folder that is there.
+    /// Looks whether a worker before handed something over. The folder is opened only then:
+    /// several workers may read an image whose folder is there.
     pub(super) fn look_for_handover(
         &mut self,
         disk: &DiskConfig,
@@ -49,7 +50,7 @@ impl StateFolder {
     ) -> Result<(), StartError> {
         let Ok(Kept::At(path)) = kept(disk) else { return Ok(()) };
         self.place = Some((path.clone(), image_of(disk).map(Path::to_owned)));
-        if self.is_trial || !path.exists() {
+        if self.is_trial || disk.read_only || !has_handover(&path) {
             return Ok(());
         }
         let found = self.folder(disk, path)?.handover();
