@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,7 +47,8 @@ impl Ended {
 #[derive(Debug)]
 pub struct Server {
     child: Child,
-    lines: Receiver<String>,
+    /// Locked so that several threads may look at a server; only one reads.
+    lines: Mutex<Receiver<String>>,
     stdout: String,
     stderr: PathBuf,
     ended: bool,
@@ -83,6 +85,7 @@ impl Server {
                 }
             }
         });
+        let lines = Mutex::new(lines);
         let mut server = Server { child, lines, stdout: String::new(), stderr, ended: false };
         server.wait_ready();
         server
@@ -92,7 +95,7 @@ impl Server {
         let deadline = Instant::now() + START;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
+            match self.lines.get_mut().unwrap().recv_timeout(left) {
                 Ok(line) => {
                     self.stdout += &line;
                     self.stdout.push('\n');
@@ -159,7 +162,7 @@ impl Server {
         let status = wait_child(&mut self.child, END)
             .unwrap_or_else(|| panic!("does not end within {END:?}:\n{}", self.stderr()));
         self.ended = true;
-        while let Ok(line) = self.lines.recv() {
+        while let Ok(line) = self.lines.get_mut().unwrap().recv() {
             self.stdout += &line;
             self.stdout.push('\n');
         }

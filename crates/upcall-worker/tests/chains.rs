@@ -295,6 +295,7 @@ fn what_cannot_be_is_refused_before_anything_happens() {
         (vec![attach(slot(&missing))], "none.so"),
         (vec![attach(slot(Path::new("/bin/true")))], "true"),
         (vec![set_params("watcher", "colour", "red")], "colour"),
+        (vec![replace("watcher", &filters.changer[0])], "cannot take the place of filter watcher"),
         (vec![detach("watcher"), detach("watcher-0")], "named twice"),
         (vec![attach(slot(&filters.changer[0]))], "discard"),
         (

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use upcall_worker::{ImageFormat, Layer};
 
-use crate::serve::{DiskSpec, FilterOnDisk, Size};
+use crate::serve::{DiskSpec, FilterOnDisk, Mode, Size};
 
 /// Data services in the IO path of a virtual machine's disks
 #[derive(Debug, Parser)]
@@ -23,6 +23,12 @@ pub enum Command {
     Serve(ServeArgs),
     Top(TopArgs),
     Bench(BenchArgs),
+    Show(ShowArgs),
+    Events(EventsArgs),
+    Metrics(MetricsArgs),
+    /// Change the chain of a disk while it is used
+    #[command(subcommand)]
+    Chain(ChainCommand),
     Sidecar(SidecarArgs),
     Gaps(GapsArgs),
     /// Look at filters, check them, begin one of your own
@@ -39,6 +45,15 @@ pub enum Command {
     Man {
         folder: PathBuf,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ChainCommand {
+    Attach(AttachArgs),
+    Detach(DetachArgs),
+    Replace(ReplaceArgs),
+    Set(SetArgs),
+    Apply(ApplyArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -226,6 +241,16 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PATH")]
     pub stats: Option<PathBuf>,
 
+    /// Where the control socket goes, for `upcall show`, `events`, `metrics` and `chain` [default:
+    /// beside the page of counters]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// Permissions of the control socket. Who may connect may look; only root and the user that
+    /// serves may change something
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = crate::serve::value::<Mode>)]
+    pub control_mode: Mode,
+
     /// How long requests that a filter holds may take to end when a disk stops, before they
     /// are cancelled
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 2000)]
@@ -302,6 +327,204 @@ pub struct TopArgs {
     /// Print JSON, one object a line
     #[arg(long)]
     pub json: bool,
+}
+
+/// Show the disks of a worker and their chains
+///
+/// For each disk: its store, its generation (which counts chain changes), and its filters from the
+/// guest to the store, with the names by which `upcall chain` knows them.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// Only this disk
+    pub disk: Option<String>,
+
+    /// Also what is in flight now: where each request waits, and since when
+    #[arg(long)]
+    pub in_flight: bool,
+
+    /// Print JSON, one object a line: also counters and latencies
+    #[arg(long)]
+    pub json: bool,
+
+    /// The worker's control socket [default: that of the only worker that runs]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+}
+
+/// Show what happened in a worker lately
+///
+/// Filters that failed and came back, chain changes and who asked for them, guests that came and
+/// went: what the worker says in its log.
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Go on with what happens from now on, until the worker ends
+    #[arg(long)]
+    pub follow: bool,
+
+    /// Print JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+
+    /// The worker's control socket [default: that of the only worker that runs]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+}
+
+/// Print a worker's metrics for Prometheus
+#[derive(Debug, Args)]
+pub struct MetricsArgs {
+    /// The worker's control socket [default: that of the only worker that runs]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+}
+
+/// Put another filter into the chain of a disk
+///
+/// Its class and its order decide its place. If it does not open, or fails while it is on trial,
+/// the chain is as it was, and the guest has noticed nothing.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// The disk
+    pub disk: String,
+
+    /// The filter's shared object
+    pub file: PathBuf,
+
+    /// What it is called on this disk [default: its own name, and a number]
+    #[arg(long)]
+    pub name: Option<String>,
+
+    /// Its place among filters of its class; smaller is nearer to the guest
+    #[arg(long, allow_negative_numbers = true)]
+    pub order: Option<i32>,
+
+    /// In the worker instead of a process of its own: for a filter that is trusted as the worker is
+    #[arg(long)]
+    pub inline: bool,
+
+    /// How long it may have a request; 0: no limit
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub deadline_ms: Option<u64>,
+
+    /// What becomes of requests while it is gone: hold, bypass, fail or detach
+    #[arg(long, value_name = "POLICY")]
+    pub on_failure: Option<String>,
+
+    /// How much private memory its process may have
+    #[arg(long, value_name = "SIZE", value_parser = crate::serve::value::<Size>)]
+    pub memory: Option<Size>,
+
+    /// A parameter; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::words::pair)]
+    pub param: Vec<(String, String)>,
+
+    #[command(flatten)]
+    pub change: ChangeArgs,
+}
+
+/// Take filters out of the chain of a disk
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// The disk
+    pub disk: String,
+
+    /// Their slots, as `upcall show` names them; or a filter's name, if the disk has it once
+    #[arg(required = true)]
+    pub slots: Vec<String>,
+
+    #[command(flatten)]
+    pub change: ChangeArgs,
+}
+
+/// Put another version of a filter, or the same with other parameters, in its place
+///
+/// If both can, the one before hands its state to the next one. Also for a filter that is dead or
+/// quarantined: requests that wait for it go on with the next one.
+#[derive(Debug, Args)]
+pub struct ReplaceArgs {
+    /// The disk
+    pub disk: String,
+
+    /// The filter's slot, as `upcall show` names it; or its name, if the disk has it once
+    pub slot: String,
+
+    /// Another shared object [default: the same, as it was opened]
+    #[arg(long)]
+    pub file: Option<PathBuf>,
+
+    /// A parameter that changes; may be repeated
+    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::words::pair)]
+    pub param: Vec<(String, String)>,
+
+    #[command(flatten)]
+    pub change: ChangeArgs,
+}
+
+/// Change a filter's place in its class, its deadline or its failure policy
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// The disk
+    pub disk: String,
+
+    /// The filter's slot, as `upcall show` names it; or its name, if the disk has it once
+    pub slot: String,
+
+    /// Its place among filters of its class; smaller is nearer to the guest
+    #[arg(long, allow_negative_numbers = true)]
+    pub order: Option<i32>,
+
+    /// How long it may have a request; 0: no limit
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub deadline_ms: Option<u64>,
+
+    /// What becomes of requests while it is gone: hold, bypass, fail or detach
+    #[arg(long, value_name = "POLICY")]
+    pub on_failure: Option<String>,
+
+    #[command(flatten)]
+    pub change: ChangeArgs,
+}
+
+/// Carry out a change that a JSON file describes, of one disk or of several at once
+///
+/// All disks that it names change, or none. It is the body of POST /v1/changes, as
+/// docs/control.openapi.json has it:
+/// {"disks": [{"disk": "root", "edits": [{"edit": "detach", "slot": "trace-0"}]}]}
+#[derive(Debug, Args)]
+pub struct ApplyArgs {
+    /// The file; - for standard input
+    pub file: PathBuf,
+
+    #[command(flatten)]
+    pub change: ChangeArgs,
+}
+
+/// What all chain changes have in common.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    /// Check everything that can be checked, say what would be, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// How long what is in flight may take to end before the change is given up [default: 2000]
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub drain_ms: Option<u64>,
+
+    /// How long a new filter is on trial; 0: there is none [default: 1000]
+    #[arg(long, value_name = "MILLISECONDS")]
+    pub trial_ms: Option<u64>,
+
+    /// How many requests end its trial earlier [default: 1000]
+    #[arg(long, value_name = "REQUESTS")]
+    pub trial_requests: Option<u64>,
+
+    /// Print JSON: what was changed, or the problem
+    #[arg(long)]
+    pub json: bool,
+
+    /// The worker's control socket [default: that of the only worker that runs]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
 }
 
 /// Show what the filters of a disk keep for themselves

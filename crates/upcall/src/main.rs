@@ -5,6 +5,7 @@
 mod bench;
 mod check;
 mod cli;
+mod control;
 mod failure;
 mod image;
 mod info;
@@ -41,6 +42,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Serve(args) => serve::run(args),
         Command::Top(args) => top::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Show(args) => control::show(args),
+        Command::Events(args) => control::events(args),
+        Command::Metrics(args) => control::metrics(args),
+        Command::Chain(command) => control::chain(command),
         Command::Sidecar(args) => state::sidecar(args),
         Command::Gaps(args) => state::gaps(args),
         Command::Filter(FilterCommand::Info(args)) => info::run(args),

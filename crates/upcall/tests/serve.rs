@@ -67,7 +67,7 @@ fn term_and_interrupt_end_in_order_and_leave_nothing() {
         let folder = Folder::new("signals");
         let server = Server::start(&["--disk", &disk(&folder)]);
         assert!(UnixStream::connect(folder.text("d.sock")).is_ok());
-        assert_eq!(folder.names(), ["d.sock", "d.sock.stats"]);
+        assert_eq!(folder.names(), ["d.sock", "d.sock.control", "d.sock.stats"]);
         let ended = server.end(signal);
         assert_eq!(ended.code, Some(0), "{ended:#?}");
         assert!(ended.stderr.contains("ending in order"), "{}", ended.stderr);

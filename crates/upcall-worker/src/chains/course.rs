@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use upcall_chain::{Change, ChangeEnd, ChangeStep};
+use upcall_chain::{Change, ChangeEnd, ChangeStep, FailedAt};
 use upcall_filterhost::{FilterError, HostProcess};
 
 use super::plan::{self, DiskPlan, Planned, Wanted};
@@ -44,13 +44,14 @@ pub(super) fn change(
 ) -> Result<Changed, ChangeError> {
     let before = Reserved::of(core);
     let planned = plan_all(core, change);
-    let plans = match planned {
+    let mut plans = match planned {
         Ok(plans) if !change.is_dry_run => plans,
         planned => {
             before.give_back(core);
             return planned.map(|plans| changed(core, &plans, 0, true));
         }
     };
+    let has_trial = settle_trial(core, &mut plans);
     let (trial_ended, trial) = channel();
     let mut course = Course::new(core, plans, change.drain_ms);
     let done = course.run(Some(trial_ended));
@@ -64,19 +65,60 @@ pub(super) fn change(
         }
     };
     show(core);
-    if let Some((host, why)) = done.stand_trial(core, change.trial, &trial) {
-        let filter = done.trial.iter().find(|(id, ..)| *id == host);
-        let filter = filter.map_or_else(String::new, |(_, name, ..)| name.clone());
-        let back = take_back(core, &done, left, change.drain_ms);
-        show(core);
+    let failed = done.stand_trial(core, change.trial, &trial);
+    let unwritten = match (&failed, has_trial) {
+        (None, true) => core.write_down_now().err(),
+        _ => None,
+    };
+    if failed.is_none() && unwritten.is_none() {
         end_trials(core, &done);
-        return Err(match back {
-            Ok(()) => ChangeError::TrialFailed { filter, why },
-            Err(error) => ChangeError::Stuck { filter, why, then: error.to_string() },
-        });
+        return Ok(done.changed);
     }
+    let back = take_back(core, &done, left, change.drain_ms);
+    show(core);
     end_trials(core, &done);
-    Ok(done.changed)
+    let (host, why) = match (failed, unwritten) {
+        (Some(failed), _) => failed,
+        (None, why) => {
+            let why = why.unwrap_or_default();
+            return Err(ChangeError::RolledBack { at: FailedAt::Commit, why });
+        }
+    };
+    let filter = done.trial.iter().find(|(id, ..)| *id == host);
+    let filter = filter.map_or_else(String::new, |(_, name, ..)| name.clone());
+    Err(match back {
+        Ok(()) => ChangeError::TrialFailed { filter, why },
+        Err(error) => ChangeError::Stuck { filter, why, then: error.to_string() },
+    })
+}
+
+/// Whether there is a trial: not if filters that decide data come or go with the change, on any of
+/// its disks. What was written through them, or past them, cannot be read as it was before.
+fn settle_trial(core: &Core, plans: &mut [DiskPlan]) -> bool {
+    let news = |plan: &DiskPlan| -> Vec<(Option<usize>, bool)> {
+        let new = plan.slots.iter().filter_map(|slot| match slot {
+            Planned::New(new) => Some((new.replaces, new.slot.spec.decides_data())),
+            Planned::Stays(..) => None,
+        });
+        new.collect()
+    };
+    let is_final = plans.iter().any(|plan| {
+        let news = news(plan);
+        let comes = news.iter().any(|(replaces, decides)| replaces.is_none() && *decides);
+        let goes = plan.leaving.iter().any(|place| {
+            let is_replaced = news.iter().any(|(replaces, _)| *replaces == Some(*place));
+            !is_replaced && core.disks[plan.disk].slots[*place].spec.decides_data()
+        });
+        comes || goes
+    });
+    let mut has_trial = false;
+    for slot in plans.iter_mut().flat_map(|plan| &mut plan.slots) {
+        if let Planned::New(new) = slot {
+            new.is_on_trial &= !is_final;
+            has_trial |= new.is_on_trial;
+        }
+    }
+    has_trial
 }
 
 fn plan_all(core: &mut Core, change: &ChainChange) -> Result<Vec<DiskPlan>, ChangeError> {
@@ -596,6 +638,13 @@ impl Course<'_> {
 
     fn commit(&mut self) -> Result<(), String> {
         let Some(write_down) = self.core.write_down.clone() else { return Ok(()) };
+        let slots = self.plans.iter().flat_map(|plan| &plan.slots);
+        let mut slots = slots.filter(|slot| matches!(slot, Planned::New(new) if new.is_on_trial));
+        if slots.next().is_some() {
+            // When they have stood it. A worker that dies before is followed by one with what
+            // has proven itself.
+            return Ok(());
+        }
         let all: Vec<(String, Vec<SlotConfig>)> = self
             .core
             .disks

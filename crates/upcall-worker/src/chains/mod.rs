@@ -45,8 +45,9 @@ struct Shared {
     core: Mutex<Option<Core>>,
     /// What readers see.
     views: Mutex<Vec<ChainView>>,
-    /// By disk.
+    /// By disk, as the next.
     engines: Vec<Vec<EngineHandle>>,
+    devices: Vec<Option<Arc<BlkConfig>>>,
     page: Mutex<Option<Arc<Page>>>,
 }
 
@@ -59,6 +60,18 @@ pub(crate) struct Core {
     pub(crate) log: LogSink,
     pub(crate) write_down: Option<WriteDown>,
     pub(crate) has_ended: bool,
+}
+
+impl Core {
+    /// Writes the chains down as they are.
+    pub(crate) fn write_down_now(&self) -> Result<(), String> {
+        let Some(write_down) = &self.write_down else { return Ok(()) };
+        let configs =
+            |disk: &DiskChain| disk.slots.iter().map(|slot| slot.config.clone()).collect();
+        let all: Vec<(String, Vec<SlotConfig>)> =
+            self.disks.iter().map(|disk| (disk.name.to_string(), configs(disk))).collect();
+        write_down(&all).map_err(|why| format!("the new chain cannot be written down: {why}"))
+    }
 }
 
 /// One disk, as changes see it.
@@ -89,6 +102,14 @@ pub(crate) struct DiskChain {
 }
 
 impl DiskChain {
+    /// The slots that there are, for who named another one.
+    pub(crate) fn known_slots(&self) -> String {
+        match self.slots.is_empty() {
+            true => "none".to_owned(),
+            false => self.slot_names().join(", "),
+        }
+    }
+
     /// Names of the slots, in their order.
     pub(crate) fn slot_names(&self) -> Vec<String> {
         self.slots.iter().map(|slot| slot.name.clone()).collect()
@@ -114,10 +135,12 @@ impl Chains {
         let views = core.disks.iter().map(DiskChain::view).collect();
         let engines = core.disks.iter().map(|disk| disk.engines.clone()).collect();
         let page = Mutex::new(Some(core.page.clone()));
+        let devices = core.disks.iter().map(|disk| disk.device.clone()).collect();
         Chains(Arc::new(Shared {
             core: Mutex::new(Some(core)),
             views: Mutex::new(views),
             engines,
+            devices,
             page,
         }))
     }
@@ -200,6 +223,11 @@ impl Chains {
             }
         }
         all
+    }
+
+    /// How large a disk is by now, if it has a guest, who may have seen it grow.
+    pub fn capacity_bytes(&self, disk: usize) -> Option<u64> {
+        self.0.devices.get(disk)?.as_ref().map(|device| device.capacity())
     }
 
     /// Whether a disk has filters.

@@ -141,7 +141,7 @@ fn find(disk: &DiskChain, name: &str) -> Result<usize, ChangeError> {
             disk: disk.name.to_string(),
             slot: name.to_owned(),
             is_ambiguous: found.is_some(),
-            known: disk.slot_names().join(", "),
+            known: disk.known_slots(),
         }),
     }
 }
@@ -375,6 +375,15 @@ fn start(
     };
     let (mut recipe, process) = Recipe::first(file, config.placement, filter_log(&log))
         .map_err(|error| refused(error.to_string()))?;
+    if let Some(before) = replaces.map(|place| &disk.slots[place].recipe.description.name)
+        && *before != recipe.description.name
+    {
+        return Err(refused(format!(
+            "filter {} cannot take the place of filter {before}, which is another one: detach that, \
+             and attach this",
+            recipe.description.name
+        )));
+    }
     recipe.memory_bytes = config.memory_bytes;
     let description = &recipe.description;
     let slot_name = match replaces.map(|place| disk.slots[place].name.clone()) {

@@ -29,6 +29,9 @@ const DESCRIPTORS_MAX: usize = 128;
 /// Bytes of a packet: well below what a socket holds.
 const PACKET_MAX: usize = 32 << 10;
 
+/// Bytes of a text that travels in a descriptor.
+const TEXT_MAX: u64 = 16 << 20;
+
 /// The first byte of a packet.
 mod kind {
     /// Down: sockets of the disks whose numbers follow, as text, one a line.
@@ -38,6 +41,9 @@ mod kind {
     /// Down: the store of a disk has failed for good under an earlier worker. Up: it has just
     /// failed. The disk's name, a line's end, and what was said.
     pub const FAILED: u8 = b'f';
+    /// The chains of all disks, in a descriptor. Up: they are these from now on. Down: they are
+    /// these, whatever the configuration says.
+    pub const CHAINS: u8 = b'h';
     /// Down: that was all.
     pub const BEGIN: u8 = b'b';
     /// Up: a piece of what is served, as text.
@@ -55,6 +61,8 @@ pub struct Orders {
     pub config: Option<String>,
     /// Disks whose stores failed for good under an earlier worker, and what was said.
     pub failed: HashMap<String, String>,
+    /// The chains that an earlier worker had.
+    pub chains: Option<String>,
 }
 
 // ------------------------------------------------------------------ the supervisor's side
@@ -71,6 +79,8 @@ pub enum Said {
     Serving,
     /// A disk's store has failed for good: its name, and what is said.
     Failed(String, String),
+    /// The chains that the disks have from now on.
+    Chains(String),
     /// Nothing now.
     Nothing,
 }
@@ -93,6 +103,7 @@ impl ToWorker {
         sockets: &[(usize, BorrowedFd<'_>)],
         config: Option<&str>,
         failed: &HashMap<String, String>,
+        chains: Option<&str>,
     ) -> io::Result<()> {
         let now = SendFlags::DONTWAIT;
         for some in sockets.chunks(DESCRIPTORS_MAX) {
@@ -106,6 +117,9 @@ impl ToWorker {
         for (disk, text) in failed {
             send(self.0.as_fd(), kind::FAILED, &failure_bytes(disk, text), &[], now)?;
         }
+        if let Some(text) = chains {
+            send(self.0.as_fd(), kind::CHAINS, b"", &[in_memory(text)?.as_fd()], now)?;
+        }
         send(self.0.as_fd(), kind::BEGIN, b"", &[], now)
     }
 
@@ -115,6 +129,10 @@ impl ToWorker {
         match receive(self.0.as_fd(), RecvFlags::DONTWAIT) {
             Ok(Some((kind::TEXT, text, _))) => Said::Text(text),
             Ok(Some((kind::SERVING, ..))) => Said::Serving,
+            Ok(Some((kind::CHAINS, _, fds))) => match text_of(fds) {
+                Ok(text) => Said::Chains(text),
+                Err(_) => Said::Nothing,
+            },
             Ok(Some((kind::FAILED, bytes, _))) => match failure_of(&bytes) {
                 Some((disk, text)) => Said::Failed(disk, text),
                 None => Said::Nothing,
@@ -128,6 +146,15 @@ impl AsFd for ToWorker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// What is in the descriptors of a packet, which are sealed.
+fn text_of(fds: Vec<OwnedFd>) -> io::Result<String> {
+    let mut text = String::new();
+    for fd in fds {
+        std::fs::File::from(fd).take(TEXT_MAX).read_to_string(&mut text)?;
+    }
+    Ok(text)
 }
 
 /// A sealed file of memory: a packet would be too small for some configurations.
@@ -194,13 +221,8 @@ fn receive_orders(socket: BorrowedFd<'_>) -> io::Result<Orders> {
                 }
                 orders.sockets.extend(places.into_iter().zip(fds));
             }
-            (kind::CONFIG, 1) => {
-                let mut text = String::new();
-                for fd in fds {
-                    std::fs::File::from(fd).read_to_string(&mut text)?;
-                }
-                orders.config = Some(text);
-            }
+            (kind::CONFIG, 1) => orders.config = Some(text_of(fds)?),
+            (kind::CHAINS, 1) => orders.chains = Some(text_of(fds)?),
             (kind::FAILED, 0) => {
                 let failure = failure_of(&bytes).ok_or_else(|| io::Error::other("no failure"))?;
                 orders.failed.extend([failure]);
@@ -216,6 +238,16 @@ impl ToSupervisor {
     pub fn say_failed(self, disk: &str, text: &str) {
         let (stdin, now) = (io::stdin(), SendFlags::DONTWAIT);
         let _ = send(stdin.as_fd(), kind::FAILED, &failure_bytes(disk, text), &[], now);
+    }
+
+    /// Says which chains the disks have from now on. When it returns, they are written down: the
+    /// supervisor finds it also if this process dies at once. Does not block.
+    pub fn say_chains(self, text: &str) -> io::Result<()> {
+        if text.len() as u64 > TEXT_MAX {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let (stdin, memory) = (io::stdin(), in_memory(text)?);
+        send(stdin.as_fd(), kind::CHAINS, b"", &[memory.as_fd()], SendFlags::DONTWAIT)
     }
 
     /// Says what is served, and that it is. Nobody to hear it is no failure of the disks.
@@ -305,9 +337,10 @@ mod tests {
         let sockets: Vec<_> = files.iter().enumerate().map(|(n, fd)| (n * 2, fd.as_fd())).collect();
         let config = "x".repeat(1 << 20);
         let failed = HashMap::from([("a".to_owned(), "lost:\nall".to_owned())]);
-        ours.hand_down(&sockets, Some(&config), &failed).unwrap();
+        ours.hand_down(&sockets, Some(&config), &failed, Some("[]")).unwrap();
         let orders = receive_orders(theirs.as_fd()).unwrap();
         assert_eq!(orders.failed, failed);
+        assert_eq!(orders.chains.as_deref(), Some("[]"));
         assert_eq!(orders.config, Some(config));
         assert_eq!(orders.sockets.len(), 300);
         for (number, (place, fd)) in orders.sockets.into_iter().enumerate() {

@@ -5,6 +5,7 @@
 //! and how a hypervisor takes it. The worker runs in this process, or, with `--restart`, in a
 //! child that a [`supervisor`] watches and starts anew.
 
+mod chains;
 mod file;
 mod handover;
 mod log;
@@ -18,7 +19,7 @@ mod value;
 
 pub use spec::{DiskSpec, FilterOnDisk};
 pub use stats::runtime_folder;
-pub use value::Size;
+pub use value::{Mode, Size};
 
 /// A value as an operator writes it, for words that are arguments of their own.
 pub fn value<T: value::Value>(text: &str) -> Result<T, String> {
@@ -30,9 +31,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::process::{Pid, Resource};
+use upcall_control::{Events, Server};
 use upcall_worker::{
-    DiskSummary, ExitReport, LogLevel, MovableWorker, RecoveryPolicy, SocketSource, StoreFailures,
-    Wake, Worker, WorkerConfig,
+    Chains, DiskSummary, ExitReport, LogLevel, MovableWorker, RecoveryPolicy, SocketSource,
+    StoreFailures, Wake, Worker, WorkerConfig,
 };
 
 use self::handover::{Orders, ToSupervisor};
@@ -83,6 +85,7 @@ fn serve(
 ) -> Result<(), Failure> {
     allow_descriptors();
     let mut failures = StoreFailures::default();
+    let mut write_down = None;
     let (plan, stats, supervisor, specs) = match supervised {
         None => {
             let disks = disks(&args, read_config(&args)?.as_deref())?;
@@ -100,7 +103,11 @@ fn serve(
                     *socket = Some((SocketSource::Fd(fd), path));
                 }
             }
-            let plan = plan::make(disks.clone(), sockets)?;
+            let mut plan = plan::make(disks.clone(), sockets)?;
+            if let Some(text) = &orders.chains {
+                chains::restore(&mut plan.disks, text)?;
+            }
+            write_down = Some(chains::at(supervisor));
             let owner = rustix::process::getppid().unwrap_or(Pid::INIT);
             let stats = place_stats(&args, &plan, owner)?;
             failures.known = orders.failed;
@@ -108,7 +115,8 @@ fn serve(
             (plan, stats, Some(supervisor), disks)
         }
     };
-    let log = log::sink(args.log_level);
+    let events = Events::default();
+    let log = events.listening(log::sink(args.log_level));
     let whole = {
         let (stats, drain_ms, log) = (stats.clone(), args.drain_ms, log.clone());
         move |disks| WorkerConfig {
@@ -116,7 +124,7 @@ fn serve(
             stats: Some(stats.clone()),
             drain_ms,
             recovery: RecoveryPolicy::default(),
-            write_down: None,
+            write_down: write_down.clone(),
             log: log.clone(),
         }
     };
@@ -128,7 +136,32 @@ fn serve(
         Worker::start_after(config, &failures).map(Serving::Here)
     };
     let worker = worker.map_err(Failure::new)?;
-    let mut offer = offer::describe(&worker.disks(), &plan.places, &stats);
+    let control = args.control.clone().unwrap_or_else(|| stats::control_beside(&stats));
+    // A worker that can move to another host has none yet.
+    let served = match &worker {
+        Serving::Here(worker) => {
+            let (chains, mode) = (worker.chains(), args.control_mode.0);
+            let disks = disks_now(worker.disks(), chains.clone());
+            Some(Server::start(&control, mode, disks, chains, events, log.clone()))
+        }
+        Serving::Movable(_) => None,
+    };
+    let control_server = match served {
+        None => None,
+        Some(Ok(server)) => Some(server),
+        // The disks count more than who would look at them; but what was asked for by name is
+        // given, or nothing is.
+        Some(Err(error)) if args.control.is_none() => {
+            log(LogLevel::Warn, &error.to_string());
+            None
+        }
+        Some(Err(error)) => {
+            let _ = worker.shutdown();
+            return Err(Failure::new(error));
+        }
+    };
+    let shown = control_server.as_ref().map(|_| control.as_path());
+    let mut offer = offer::describe(&worker.disks(), &plan.places, &stats, shown);
     offer.push_str("ready\n");
     match supervisor {
         Some(supervisor) => supervisor.say_serving(&offer),
@@ -141,8 +174,20 @@ fn serve(
         }
     }
     log(LogLevel::Info, &format!("{}: ending in order", shutdown.cause()));
+    drop(control_server);
     let report = worker.shutdown();
     if report.failures.is_empty() { Ok(()) } else { Err(Failure::new(report.failures.join("; "))) }
+}
+
+/// What is served, as large as it is by now.
+fn disks_now(disks: Vec<DiskSummary>, chains: Chains) -> impl Fn() -> Vec<DiskSummary> {
+    move || {
+        let mut disks = disks.clone();
+        for (number, disk) in disks.iter_mut().enumerate() {
+            disk.info.capacity = chains.capacity_bytes(number).unwrap_or(disk.info.capacity);
+        }
+        disks
+    }
 }
 
 /// As many descriptors as we may have. The usual soft limit is there for programs that use

@@ -10,7 +10,12 @@ use crate::output::size_text;
 use crate::words;
 
 /// Describes all disks; `places` in the same order.
-pub fn describe(disks: &[DiskSummary], places: &[Place], stats: &Path) -> String {
+pub fn describe(
+    disks: &[DiskSummary],
+    places: &[Place],
+    stats: &Path,
+    control: Option<&Path>,
+) -> String {
     let mut text = String::new();
     for (disk, place) in disks.iter().zip(places) {
         describe_disk(&mut text, disk, place);
@@ -37,6 +42,10 @@ pub fn describe(disks: &[DiskSummary], places: &[Place], stats: &Path) -> String
         }
     }
     let _ = writeln!(text, "\nLive counters: upcall top {}", shell(&stats.display().to_string()));
+    if let Some(control) = control {
+        let control = shell(&control.display().to_string());
+        let _ = writeln!(text, "Control: upcall show --control {control}");
+    }
     text
 }
 
@@ -138,7 +147,10 @@ mod tests {
     #[test]
     fn what_is_printed_can_be_pasted() {
         let places = [Place::Path("/run/a, b&'c.sock".into()), Place::Granted];
-        let text = describe(&[disk("root"), disk("copy")], &places, Path::new("/run/x.stats"));
+        let control = Some(Path::new("/run/x.control"));
+        let disks = [disk("root"), disk("copy")];
+        let text = describe(&disks, &places, Path::new("/run/x.stats"), control);
+        assert!(text.contains("upcall show --control /run/x.control"), "{text}");
         for part in [
             "disk root: raw file a.img, 1 GiB, blocks of 512 bytes, read-only\n",
             "  chain:  guest -> trace -> xor -> store\n",

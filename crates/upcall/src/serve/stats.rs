@@ -24,6 +24,13 @@ pub fn place(given: Option<PathBuf>, disks: &[Place], owner: Pid) -> Result<Path
     Ok(path)
 }
 
+/// Where the control socket goes if nobody says so: beside the page of counters.
+pub fn control_beside(stats: &Path) -> PathBuf {
+    let mut name = stats.with_extension("").into_os_string();
+    name.push(".control");
+    name.into()
+}
+
 fn usual(disks: &[Place], owner: Pid) -> PathBuf {
     let sockets = disks.iter().filter_map(|place| match place {
         Place::Path(path) => Some(path),

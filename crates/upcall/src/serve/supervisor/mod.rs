@@ -82,6 +82,7 @@ pub fn run(
         policy: Policy::new(args.restart_pause_ms),
         has_served: false,
         failed: HashMap::new(),
+        chains: None,
     };
     supervisor.run()
 }
@@ -114,6 +115,8 @@ struct Supervisor<'a> {
     /// Disks whose stores failed for good, whichever worker saw it, and what was said. The next
     /// worker could not find it out: the kernel says it once.
     failed: HashMap<String, String>,
+    /// The chains that the last worker had, if they changed: what the next one begins with.
+    chains: Option<String>,
 }
 
 /// A worker process.
@@ -211,6 +214,7 @@ impl Supervisor<'_> {
             match worker.socket.hear() {
                 Said::Nothing => return,
                 Said::Failed(disk, text) => drop(self.failed.insert(disk, text)),
+                Said::Chains(text) => self.chains = Some(text),
                 Said::Text(piece) => worker.text.extend(piece),
                 Said::Serving => {
                     worker.serving_since = Some(Instant::now());
@@ -339,10 +343,10 @@ impl Worker {
             let _ = child.kill();
             let _ = child.wait();
         })?;
-        let Supervisor { listeners, config, failed, .. } = supervisor;
+        let Supervisor { listeners, config, failed, chains, .. } = supervisor;
         let sockets: Vec<_> = listeners.iter().map(|(place, fd)| (*place, fd.as_fd())).collect();
         // If it cannot be told, it ends, and that is what is heard of it.
-        let _ = socket.hand_down(&sockets, config.as_deref(), failed);
+        let _ = socket.hand_down(&sockets, config.as_deref(), failed, chains.as_deref());
         Ok(Worker { child, pidfd, socket, text: Vec::new(), serving_since: None })
     }
 
