@@ -64,6 +64,8 @@ pub(crate) struct Link {
     /// There for a filter that was placed in the worker, once it is served.
     pub(crate) inline: Option<InlineChannel>,
     backlog: VecDeque<Submission>,
+    /// Since when entries wait for room and none has found any.
+    stuck_since_ns: Option<u64>,
     /// Issued requests in flight, by instance.
     issued: Vec<(u32, usize)>,
     violations: u32,
@@ -81,6 +83,7 @@ impl Link {
             life: Life(0),
             inline: None,
             backlog: VecDeque::new(),
+            stuck_since_ns: None,
             issued: Vec::new(),
             violations: 0,
             state: State::Up,
@@ -109,11 +112,12 @@ impl Link {
 
     /// Sends what found no room before, and rings the doorbell if the other side sleeps.
     /// Once for a batch. False if the filter host's side of the ring makes no sense.
-    pub(super) fn publish(&mut self) -> bool {
+    pub(super) fn publish(&mut self, now_ns: u64) -> bool {
         if !self.is_up() || self.inline.is_some() {
             return true;
         }
         let mut sane = true;
+        let waited = self.backlog.len();
         while let Some(submission) = self.backlog.front() {
             if self.way.channel.submissions.push(submission).is_err() {
                 sane = self.way.channel.submissions.free().is_ok();
@@ -121,8 +125,18 @@ impl Link {
             }
             self.backlog.pop_front();
         }
+        self.stuck_since_ns = match self.stuck_since_ns {
+            _ if self.backlog.is_empty() => None,
+            Some(since_ns) if self.backlog.len() == waited => Some(since_ns),
+            _ => Some(now_ns),
+        };
         self.way.channel.submissions.wake(&self.way.doorbell);
         sane
+    }
+
+    /// How long entries have waited for room without that any found some.
+    pub(super) fn stuck_ns(&self, now_ns: u64) -> u64 {
+        self.stuck_since_ns.map_or(0, |since_ns| now_ns.saturating_sub(since_ns))
     }
 
     /// Entries that wait for room in the ring. Nobody rings when there is some.
@@ -194,6 +208,7 @@ impl Link {
         let entries = if self.is_heard() { self.way.channel.submissions.entries() } else { 0 };
         self.state = State::Draining;
         self.backlog.clear();
+        self.stuck_since_ns = None;
         entries
     }
 
@@ -202,6 +217,7 @@ impl Link {
         self.state = State::Down { is_for_good };
         self.is_quieting = !is_for_good;
         self.backlog.clear();
+        self.stuck_since_ns = None;
     }
 
     /// Another life has begun.
@@ -209,6 +225,7 @@ impl Link {
         self.way = way;
         self.life = life;
         self.backlog.clear();
+        self.stuck_since_ns = None;
         self.issued.clear();
         self.violations = 0;
         self.state = State::Up;

@@ -381,11 +381,14 @@ impl Engine {
             BACKLOG_MIN + 2 * self.flights.len() + ISSUED_MAX * self.parts.slots.len();
         let mut busy = false;
         for link in 0..self.parts.links.len() {
-            let sane = self.parts.links[link].publish();
+            let sane = self.parts.links[link].publish(self.seen_ns);
             if !sane {
                 self.give_up(link, "its ring makes no sense", false);
             } else if self.parts.links[link].backlog() > backlog_max {
                 self.give_up(link, "it answers, and does not take what it is sent", false);
+            } else if self.is_stuck(link) {
+                // Perhaps it has no request that could be overdue.
+                self.give_up(link, "it hangs: it takes nothing of what it is sent", true);
             } else {
                 continue;
             }
@@ -395,6 +398,14 @@ impl Engine {
             queue.publish();
         }
         busy
+    }
+
+    /// Whether a filter host has taken nothing of what waits for it for longer than it may
+    /// have a request.
+    fn is_stuck(&self, link: usize) -> bool {
+        let stuck_ns = self.parts.links[link].stuck_ns(self.seen_ns);
+        let slots = self.parts.slots.iter().filter(|slot| slot.link == link);
+        stuck_ns > 0 && slots.map(|slot| slot.deadline_ns).min().is_some_and(|most| stuck_ns > most)
     }
 
     fn slot(&self, slot: SlotIndex) -> &Slot {
