@@ -244,4 +244,7 @@ fn what_cannot_move_is_refused() {
     let ended = upcall_tests::upcall(&["serve", "--movable", "--disk", &disk]);
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.contains("only raw images and devices"), "{}", ended.stderr);
+    // There is none; who asks for one is told.
+    let ended = upcall_tests::upcall(&["serve", "--movable", "--control", "c", "--disk", &disk]);
+    assert_eq!(ended.code, Some(2), "{ended:?}");
 }
