@@ -27,7 +27,7 @@ static const struct {
     { "short", 0, "\"functions\":[]", 0 },
     { "too_short", -EINVAL, "table says size", -EINVAL },
     { "too_long", -EINVAL, "table says size", -EINVAL },
-    { "newer", -ENOTSUP, "built for ABI 1.2", -ENOTSUP },
+    { "newer", -ENOTSUP, "use a newer Upcall", -ENOTSUP },
     { "other_major", -ENOTSUP, "built for ABI 2.0", -ENOTSUP },
     { "no_symbol", -ENOENT, "upcall_filter", -ENOENT },
     { "name", -EINVAL, "no good name", -EINVAL },
