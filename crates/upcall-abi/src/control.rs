@@ -15,7 +15,7 @@
 //! | ISSUE_ARENA | worker | u64 size | the issue arena | RESULT |
 //! | CHANNEL | worker | `id` = channel number, counting from 0; `value` = disk whose queue it serves | ring memfd, doorbell of the filter host, doorbell of the worker | RESULT |
 //! | LOAD | worker | – | – | RESULT of the filter's `load` |
-//! | OPEN | worker | [`Open`], its disks, its parameters; `id` = instance | counters memfd, the sidecar if there is one, then files of parameters | RESULT of the filter's `open` |
+//! | OPEN | worker | [`Open`], its disks, its parameters; `id` = instance | counters memfd, the sidecar and the socket for [extents](crate::extents) if there are such, then files of parameters | RESULT of the filter's `open` |
 //! | START | worker | – | – | RESULT; from then on the channels are served |
 //! | EVENT | worker | u32 event; `id` = instance | – | RESULT of the filter's `event` |
 //! | CLOSE | worker | `id` = instance | – | RESULT, when `close` has returned |
@@ -55,6 +55,11 @@ pub const FILTER_FD: i32 = 4;
 pub const COUNTERS: usize = 63;
 /// Bytes of the counters memfd.
 pub const COUNTERS_SIZE: usize = 4096;
+
+/// [`Open::files`]: the instance's sidecar is there.
+pub const OPEN_SIDECAR: u32 = 1;
+/// [`Open::files`]: a socket on which it asks for extents is there.
+pub const OPEN_EXTENTS: u32 = 2;
 
 /// Kinds of messages.
 pub mod kind {
@@ -100,8 +105,8 @@ pub struct Open {
     pub disks: u32,
     /// How many parameters follow them.
     pub parameters: u32,
-    /// 1 if the second descriptor is the instance's sidecar, else 0.
-    pub sidecar: u32,
+    /// Which of these are there: [`OPEN_SIDECAR`], [`OPEN_EXTENTS`].
+    pub files: u32,
 }
 
 /// OPEN: one disk.

@@ -5,7 +5,7 @@ pub const ABI_VERSION: u32 = ABI_MAJOR << 16 | ABI_MINOR;
 /// A filter with another major version is refused.
 pub const ABI_MAJOR: u32 = 1;
 /// A filter with a newer minor version is refused.
-pub const ABI_MINOR: u32 = 2;
+pub const ABI_MINOR: u32 = 3;
 
 /// Operations, `UPCALL_READ` and so on.
 pub mod op {
@@ -51,6 +51,8 @@ pub mod filter_flag {
     pub const ISSUES: u32 = 1;
     /// It keeps a state of its own.
     pub const SIDECAR: u32 = 2;
+    /// It asks what its disks consist of.
+    pub const EXTENTS: u32 = 4;
 }
 
 /// The event `UPCALL_EVENT_MIGRATE_OUT`: the guest moves to another host.

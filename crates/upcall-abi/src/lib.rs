@@ -15,6 +15,7 @@
 #![no_std]
 
 pub mod control;
+pub mod extents;
 pub mod filter;
 pub mod ring;
 

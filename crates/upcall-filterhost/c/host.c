@@ -32,6 +32,7 @@ static const struct upcall_services services = {
     .sidecar_read = uh_sidecar_read,
     .sidecar_write = uh_sidecar_write,
     .sidecar_sync = uh_sidecar_sync,
+    .extents = uh_extents,
 };
 
 struct upcall_host *upcall_host_new(int control_fd, int filter_fd, const char *filter_path,

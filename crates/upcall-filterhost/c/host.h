@@ -5,7 +5,8 @@
  *   control.c   takes messages off the control socket, and calls
  *   library.c   loads the filter and checks its table;  describe.c says what it is
  *   memory.c    maps what the worker sends: arenas, channels, counters
- *   instance.c  opens and closes instances;  params.c, counters.c, sidecar.c are part of these
+ *   instance.c  opens and closes instances;  params.c, counters.c, sidecar.c,
+ *               extents.c are part of these
  *   channel.c   the two rings, and the thread that serves them, which calls
  *   request.c   one delivery: callback, verdict, hold, answer()
  *   issue.c     requests of the filter's own;  buffers.c the memory for their data
@@ -163,6 +164,14 @@ struct uh_sidecar {
     uint32_t newest;         /* the slot that is known to be good */
 };
 
+/* The way to ask what a disk consists of; see extents.c. */
+struct uh_extents {
+    pthread_mutex_t lock; /* one question at a time */
+    int fd;               /* -1: nobody can be asked */
+    uint64_t number;      /* of the last question */
+    unsigned char *answer;
+};
+
 /* CLOSING: as OPEN, but nothing new may be issued. CLOSED: no callback any more. */
 enum uh_instance_state { UH_INSTANCE_NONE, UH_INSTANCE_OPENING, UH_INSTANCE_OPEN,
                          UH_INSTANCE_CLOSING, UH_INSTANCE_CLOSED };
@@ -193,6 +202,7 @@ struct upcall_instance {
     _Atomic uint32_t next_channel;
 
     struct uh_sidecar sidecar;
+    struct uh_extents extents;
 
     uint32_t jobs; /* under the pool's lock */
 };
@@ -326,6 +336,14 @@ void uh_sidecar_free(struct upcall_instance *inst);
 int32_t uh_sidecar_read(struct upcall_instance *inst, void *buf, uint32_t size);
 int32_t uh_sidecar_write(struct upcall_instance *inst, const void *data, uint32_t length);
 int32_t uh_sidecar_sync(struct upcall_instance *inst);
+
+/* extents.c */
+void uh_extents_init(struct upcall_instance *inst);
+int uh_extents_open(struct upcall_instance *inst, int fd); /* keeps @fd; -ENOMEM */
+void uh_extents_close(struct upcall_instance *inst);
+void uh_extents_free(struct upcall_instance *inst);
+int32_t uh_extents(struct upcall_instance *inst, uint32_t disk, uint64_t offset, uint64_t length,
+                   struct upcall_extent *entries, uint32_t max);
 
 /* counters.c */
 int32_t uh_counter(struct upcall_instance *inst, const char *name);

@@ -45,6 +45,7 @@ static struct upcall_instance *find_or_make(struct upcall_host *host, uint32_t n
     inst->number = number;
     pthread_mutex_init(&inst->lock, NULL);
     uh_sidecar_init(inst);
+    uh_extents_init(inst);
     atomic_store_explicit(&host->instances[number], inst, memory_order_release);
     return inst;
 }
@@ -79,10 +80,11 @@ static int read_open(struct upcall_host *host, struct upcall_instance *inst,
         inst->arena_base = host->arenas[open.arena].base;
         inst->arena_size = host->arenas[open.arena].size;
     }
-    uint32_t files_from = 1 + (open.sidecar != 0);
-    if (open.sidecar > 1 || message->fd_count < files_from)
-        return uh_fail(host, -EINVAL, "OPEN says sidecar %u and brings %u descriptors",
-                       open.sidecar, message->fd_count);
+    bool has_sidecar = open.files & WIRE_OPEN_SIDECAR, has_extents = open.files & WIRE_OPEN_EXTENTS;
+    uint32_t files_from = 1 + has_sidecar + has_extents;
+    if ((open.files & ~(WIRE_OPEN_SIDECAR | WIRE_OPEN_EXTENTS)) || message->fd_count < files_from)
+        return uh_fail(host, -EINVAL, "OPEN says files %#x and brings %u descriptors",
+                       open.files, message->fd_count);
     int error = read_disks(host, inst, open.disks, &reader);
     if (!error)
         error = uh_params_read(host, inst, open.parameters, &reader, message->fds + files_from,
@@ -94,10 +96,15 @@ static int read_open(struct upcall_host *host, struct upcall_instance *inst,
     inst->counters = uh_map(message->fds[0], WIRE_COUNTERS_SIZE, true);
     if (!inst->counters)
         return uh_fail(host, -errno, "cannot map the counters: %s", strerror(errno));
-    if (open.sidecar) {
+    if (has_sidecar) {
         if (uh_sidecar_open(inst, message->fds[1]) != 0)
             return uh_fail(host, -ENOMEM, "out of memory");
         message->fds[1] = -1;
+    }
+    if (has_extents) {
+        if (uh_extents_open(inst, message->fds[files_from - 1]) != 0)
+            return uh_fail(host, -ENOMEM, "out of memory");
+        message->fds[files_from - 1] = -1;
     }
     return 0;
 }
@@ -110,6 +117,7 @@ static void release(struct upcall_instance *inst) {
     uh_buffers_reclaim(inst);
     uh_params_free(inst);
     uh_sidecar_close(inst);
+    uh_extents_close(inst);
     atomic_store(&inst->counter_count, 0);
     if (inst->counters)
         munmap(inst->counters, WIRE_COUNTERS_SIZE);
@@ -263,6 +271,7 @@ void uh_instances_free(struct upcall_host *host) {
             continue;
         pthread_mutex_destroy(&inst->lock);
         uh_sidecar_free(inst);
+        uh_extents_free(inst);
         free(inst);
     }
 }

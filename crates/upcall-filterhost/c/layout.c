@@ -39,7 +39,7 @@ int main(void) {
     FIELD(wire_open, arena);
     FIELD(wire_open, disks);
     FIELD(wire_open, parameters);
-    FIELD(wire_open, sidecar);
+    FIELD(wire_open, files);
     STRUCT(wire_disk);
     FIELD(wire_disk, capacity);
     FIELD(wire_disk, block_size);
@@ -76,6 +76,10 @@ int main(void) {
     FIELD(upcall_issue, data);
     FIELD(upcall_issue, done);
     FIELD(upcall_issue, arg);
+    STRUCT(upcall_extent);
+    FIELD(upcall_extent, length);
+    FIELD(upcall_extent, kind);
+    FIELD(upcall_extent, reserved0);
     STRUCT(upcall_param);
     FIELD(upcall_param, size);
     FIELD(upcall_param, type);
@@ -107,6 +111,7 @@ int main(void) {
     FIELD(upcall_services, sidecar_read);
     FIELD(upcall_services, sidecar_write);
     FIELD(upcall_services, sidecar_sync);
+    FIELD(upcall_services, extents);
     STRUCT(upcall_filter);
     FIELD(upcall_filter, size);
     FIELD(upcall_filter, abi_version);

@@ -110,8 +110,11 @@ struct wire_open {
     uint32_t arena;
     uint32_t disks;
     uint32_t parameters;
-    uint32_t sidecar;
+    uint32_t files; /* WIRE_OPEN_... */
 };
+
+#define WIRE_OPEN_SIDECAR 1u
+#define WIRE_OPEN_EXTENTS 2u
 
 struct wire_disk {
     _Alignas(8) uint64_t capacity;
@@ -122,6 +125,21 @@ struct wire_disk {
 /* One parameter in OPEN; name and value follow. Packed: read it with memcpy. */
 #define WIRE_PARAMETER_SIZE 8u
 #define WIRE_NO_FILE UINT32_MAX
+
+/* On the socket for extents: a question, and its answer, behind which its extents are. */
+struct wire_extents_question {
+    _Alignas(8) uint64_t number;
+    uint64_t offset;
+    uint64_t length;
+    uint32_t disk;
+    uint32_t max;
+};
+
+struct wire_extents_answer {
+    _Alignas(8) uint64_t number;
+    uint32_t count;
+    uint32_t reserved;
+};
 
 /* The counters memfd. */
 #define WIRE_COUNTERS 63u
@@ -164,6 +182,8 @@ _Static_assert(sizeof(struct wire_header) == 16, "header");
 _Static_assert(sizeof(struct wire_arena) == 16, "arena");
 _Static_assert(sizeof(struct wire_open) == 16, "open");
 _Static_assert(sizeof(struct wire_disk) == 16, "disk");
+_Static_assert(sizeof(struct wire_extents_question) == 32, "question");
+_Static_assert(sizeof(struct wire_extents_answer) == 16, "answer");
 _Static_assert(offsetof(struct wire_disk, block_size) == 8, "disk");
 _Static_assert(sizeof(struct wire_counter) == 64, "counter");
 _Static_assert(offsetof(struct wire_counter, value) == 48, "counter");

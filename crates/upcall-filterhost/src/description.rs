@@ -81,6 +81,11 @@ impl Description {
         self.flags & filter_flag::SIDECAR != 0
     }
 
+    /// Whether it asks what its disks consist of.
+    pub fn asks_extents(&self) -> bool {
+        self.flags & filter_flag::EXTENTS != 0
+    }
+
     /// Whether it issues requests of its own.
     pub fn issues(&self) -> bool {
         self.flags & filter_flag::ISSUES != 0
@@ -171,7 +176,7 @@ impl Raw {
         if !(1..=CLASSES.len() as u32).contains(&self.class) {
             return Err(format!("there is no class {}", self.class));
         }
-        if self.flags & !(filter_flag::ISSUES | filter_flag::SIDECAR) != 0 {
+        if self.flags & !(filter_flag::ISSUES | filter_flag::SIDECAR | filter_flag::EXTENTS) != 0 {
             return Err(format!("unknown flags {:#x}", self.flags));
         }
         self.check_ops()?;
@@ -335,7 +340,7 @@ pub(crate) mod tests {
     fn each_wrong_field_is_refused_with_its_name() {
         for (field, value, says) in [
             ("wire", json!(2), "wire version 2"),
-            ("abi", json!(65539), "version 1.3"),
+            ("abi", json!(65540), "version 1.4"),
             ("abi", json!(2 << 16), "version 2.0"),
             ("width", json!(32), "32 bits in a file of 64"),
             ("name", json!(""), "name"),
@@ -345,7 +350,7 @@ pub(crate) mod tests {
             ("class", json!(0), "class 0"),
             ("class", json!(9), "class 9"),
             ("class", json!(-1), "not a description"),
-            ("flags", json!(4), "flags 0x4"),
+            ("flags", json!(8), "flags 0x8"),
             ("ops", json!(0), "`ops` is empty"),
             ("ops", json!(64), "`ops`"),
             ("ops", json!(7), "`ops`"),

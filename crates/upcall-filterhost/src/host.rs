@@ -22,7 +22,9 @@ use rustix::io::Errno;
 use upcall_ring::memfd;
 
 use upcall_abi::WIRE_VERSION;
-use upcall_abi::control::{DESCRIPTORS_MAX, Disk, Header, MESSAGE_MAX, kind};
+use upcall_abi::control::{
+    DESCRIPTORS_MAX, Disk, Header, MESSAGE_MAX, OPEN_EXTENTS, OPEN_SIDECAR, kind,
+};
 use upcall_abi::filter::STATE_MAX;
 
 use crate::bounds::Bounds;
@@ -93,6 +95,9 @@ pub struct OpenInstance<'a> {
     /// file as `upcall-state` makes it, open for reading and writing. The same file after a
     /// restart, once the host before is gone.
     pub sidecar: Option<BorrowedFd<'a>>,
+    /// Where it may ask what its disks consist of, for a filter that
+    /// [does](Description::asks_extents): a socket as [`upcall_abi::extents`] says.
+    pub extents: Option<BorrowedFd<'a>>,
 }
 
 /// A filter host: the process (or, inline, the threads) that runs one filter for this worker.
@@ -316,6 +321,7 @@ impl HostProcess {
     pub fn open(&mut self, open: &OpenInstance<'_>) -> Result<(), FilterError> {
         let mut fds = vec![open.counters.as_fd()];
         fds.extend(open.sidecar);
+        fds.extend(open.extents);
         let files_max = DESCRIPTORS_MAX - fds.len();
         let payload = open_payload(open, &mut fds);
         if fds.len() > DESCRIPTORS_MAX {
@@ -648,7 +654,8 @@ fn open_payload<'a>(open: &OpenInstance<'a>, fds: &mut Vec<BorrowedFd<'a>>) -> O
         open.arena,
         open.disks.len() as u32,
         open.params.iter().len() as u32,
-        open.sidecar.is_some().into(),
+        (u32::from(open.sidecar.is_some()) * OPEN_SIDECAR)
+            | (u32::from(open.extents.is_some()) * OPEN_EXTENTS),
     ]);
     for disk in open.disks {
         payload.extend(disk.capacity.to_le_bytes());

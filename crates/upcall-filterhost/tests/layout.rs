@@ -66,7 +66,7 @@ fn the_types_of_the_wire_have_one_layout() {
         compare!(c, "wire_completion", Completion: seq, kind, code, flags, token, offset, length,
             status, data, cookie, instance, disk, reserved);
         compare!(c, "wire_header", Header: kind, version, id, value);
-        compare!(c, "wire_open", Open: arena, disks, parameters, sidecar);
+        compare!(c, "wire_open", Open: arena, disks, parameters, files);
         compare!(c, "wire_disk", Disk: capacity, block_size, read_only);
         // These have no Rust type; the numbers are those of upcall-abi's control.rs.
         assert_eq!(c["wire_arena"], (16, 8));
@@ -114,6 +114,13 @@ fn expected_numbers() -> Vec<(&'static str, u64)> {
         ("UPCALL_REQ_RETRY", request_flag::RETRY.into()),
         ("UPCALL_FILTER_ISSUES", filter_flag::ISSUES.into()),
         ("UPCALL_FILTER_SIDECAR", filter_flag::SIDECAR.into()),
+        ("UPCALL_FILTER_EXTENTS", filter_flag::EXTENTS.into()),
+        ("UPCALL_EXTENT_DATA", 0),
+        ("UPCALL_EXTENT_ZERO", 1),
+        ("UPCALL_EXTENT_HOLE", 2),
+        ("UPCALL_EXTENTS_MAX", upcall_abi::extents::EXTENTS_MAX as u64),
+        ("WIRE_OPEN_SIDECAR", control::OPEN_SIDECAR.into()),
+        ("WIRE_OPEN_EXTENTS", control::OPEN_EXTENTS.into()),
         ("UPCALL_SIDECAR_MAX", filter::SIDECAR_MAX as u64),
         ("WIRE_SIDECAR_MAX", filter::SIDECAR_MAX as u64),
         ("UPCALL_LOG_ERROR", 1),

@@ -53,6 +53,8 @@ pub struct Info {
     pub issues: bool,
     /// It keeps a state of its own; see [`Instance::sidecar`](crate::Instance::sidecar).
     pub sidecar: bool,
+    /// It asks what its disks consist of; see [`Instance::extents`](crate::Instance::extents).
+    pub extents: bool,
 }
 
 impl Info {
@@ -69,6 +71,7 @@ impl Info {
         answers: OpSet::NONE,
         issues: false,
         sidecar: false,
+        extents: false,
     };
 
     /// Fails the build of a filter that the framework would refuse.

@@ -9,7 +9,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
 
 pub const ABI_MAJOR: u32 = 1;
-pub const ABI_MINOR: u32 = 2;
+pub const ABI_MINOR: u32 = 3;
 /// Most bytes of a state that one instance hands to the next.
 pub const STATE_MAX: usize = 1 << 20;
 pub const ABI_VERSION: u32 = ABI_MAJOR << 16 | ABI_MINOR;
@@ -44,6 +44,11 @@ pub const EVENT_MIGRATE_IN: u32 = 6;
 
 pub const FILTER_ISSUES: u32 = 1;
 pub const FILTER_SIDECAR: u32 = 2;
+pub const FILTER_EXTENTS: u32 = 4;
+pub const EXTENT_DATA: u32 = 0;
+pub const EXTENT_ZERO: u32 = 1;
+pub const EXTENT_HOLE: u32 = 2;
+pub const EXTENTS_MAX: usize = 1024;
 pub const SIDECAR_MAX: usize = 65536;
 
 /// The header's `UPCALL_ALIGN8 uint64_t`: 8-aligned on 32 bits too, where a plain `u64`
@@ -109,6 +114,14 @@ pub struct Issue {
     pub arg: *mut c_void,
 }
 
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Extent {
+    pub length: U64,
+    pub kind: u32,
+    pub reserved0: u32,
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Param {
@@ -163,6 +176,14 @@ pub struct Services {
     pub sidecar_write:
         unsafe extern "C" fn(inst: *mut Instance, data: *const c_void, length: u32) -> i32,
     pub sidecar_sync: unsafe extern "C" fn(inst: *mut Instance) -> i32,
+    pub extents: unsafe extern "C" fn(
+        inst: *mut Instance,
+        disk: u32,
+        offset: u64,
+        length: u64,
+        entries: *mut Extent,
+        max: u32,
+    ) -> i32,
 }
 
 #[repr(C)]
@@ -237,16 +258,20 @@ layout! {
         size [0, 0], op [4, 4], reserved0 [5, 5], flags [6, 6], offset [8, 8], length [16, 16],
         disk [20, 20], data [24, 24], done [32, 28], arg [40, 32],
     }
+    "upcall_extent" Extent [16, 16] {
+        length [0, 0], kind [8, 8], reserved0 [12, 12],
+    }
     "upcall_param" Param [56, 40] {
         size [0, 0], r#type [4, 4], name [8, 8], doc [16, 12], default_value [24, 16],
         choices [32, 20], min [40, 24], max [48, 32],
     }
-    "upcall_services" Services [160, 84] {
+    "upcall_services" Services [168, 88] {
         size [0, 0], abi_version [4, 4], answer [8, 8], issue [16, 12], buffer_alloc [24, 16],
         buffer_free [32, 20], disk [40, 24], param_int [48, 28], param_string [56, 32],
         param_fd [64, 36], timer_start [72, 40], timer_stop [80, 44], watch_start [88, 48],
         watch_stop [96, 52], run_blocking [104, 56], counter [112, 60], counter_add [120, 64],
         log [128, 68], sidecar_read [136, 72], sidecar_write [144, 76], sidecar_sync [152, 80],
+        extents [160, 84],
     }
     "upcall_filter" Filter [160, 96] {
         size [0, 0], abi_version [4, 4], name [8, 8], version [16, 12], vendor [24, 16],

@@ -35,7 +35,8 @@ pub const fn table<F: Filter>() -> Table {
         summary: info.summary.as_ptr(),
         filter_class: info.class as u32,
         flags: (if info.issues { sys::FILTER_ISSUES } else { 0 })
-            | (if info.sidecar { sys::FILTER_SIDECAR } else { 0 }),
+            | (if info.sidecar { sys::FILTER_SIDECAR } else { 0 })
+            | (if info.extents { sys::FILTER_EXTENTS } else { 0 }),
         ops: info.ops.mask(),
         sees: info.sees.mask(),
         changes: info.changes.mask(),

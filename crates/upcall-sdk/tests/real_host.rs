@@ -71,6 +71,7 @@ impl Worker {
             params: &params,
             counters: &counters,
             sidecar: None,
+            extents: None,
         };
         host.open(&open).unwrap();
         host.serve().unwrap();

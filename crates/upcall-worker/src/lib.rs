@@ -13,6 +13,7 @@ mod config;
 mod direct;
 mod engine;
 mod error;
+mod extents;
 mod frontend;
 mod grow;
 mod hosts;

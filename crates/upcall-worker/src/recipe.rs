@@ -21,6 +21,7 @@ use upcall_ring::{Access, Doorbell, Mapping, memfd};
 
 use crate::engine::Way;
 use crate::error::StartError;
+use crate::extents::{self, DiskExtents};
 
 /// Entries of each ring of a channel.
 const RING_ENTRIES: u32 = 1024;
@@ -83,6 +84,8 @@ pub(crate) struct GivenInstance {
     pub(crate) on_failure: OnFailure,
     /// Its state: one file for all lives, of which one at a time runs.
     pub(crate) sidecar: Option<Arc<OwnedFd>>,
+    /// Of what its disks consist, as `disks`.
+    pub(crate) extents: Vec<Arc<DiskExtents>>,
     /// Its guest came from another host: what the instance there had saved, if anything. For
     /// the worker's first life of it.
     pub(crate) arrival: Option<Option<Vec<u8>>>,
@@ -260,6 +263,11 @@ impl Recipe {
         })?;
         let counters =
             Counters::new().map_err(|source| self.system(&given.disk, "make counters", source))?;
+        let asks = self.description.asks_extents();
+        let extents = asks
+            .then(|| extents::serve(given.instance, &given.extents, &given.disks))
+            .transpose()
+            .map_err(|source| self.system(&given.disk, "start a thread", source))?;
         process
             .open(&OpenInstance {
                 instance: given.instance,
@@ -268,6 +276,7 @@ impl Recipe {
                 params: &params,
                 counters: &counters,
                 sidecar: given.sidecar.as_ref().map(|file| file.as_fd()),
+                extents: extents.as_ref().map(|socket| socket.as_fd()),
             })
             .map_err(|source| self.failed(&given.disk, source))?;
         Ok(counters)

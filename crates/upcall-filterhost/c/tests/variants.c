@@ -72,7 +72,7 @@ UPCALL_EXPORT_FILTER = {
     .filter_class = UPCALL_CLASS_CAPTURE,
 #endif
 #ifdef V_FLAGS
-    .flags = 4,
+    .flags = 8,
 #endif
 #ifdef V_OPS
     .ops = OPS | 1,

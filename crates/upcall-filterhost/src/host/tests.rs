@@ -218,6 +218,7 @@ fn parameters_that_fill_more_than_a_message_are_refused_before_they_are_sent() {
         params: &params,
         counters: &counters,
         sidecar: None,
+        extents: None,
     };
     let error = host.open(&open).unwrap_err();
     assert!(error.to_string().contains("at most 65536 bytes"), "{error}");
@@ -245,6 +246,7 @@ fn more_files_than_a_message_can_carry_are_refused() {
         params: &params,
         counters: &counters,
         sidecar: None,
+        extents: None,
     };
     let error = host.open(&open).unwrap_err();
     assert!(error.to_string().contains("at most 31 files"), "{error}");

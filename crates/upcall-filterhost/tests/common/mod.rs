@@ -145,6 +145,7 @@ impl Worker {
             params,
             counters: &counters,
             sidecar: self.sidecar.as_ref().map(|file| file.as_fd()),
+            extents: None,
         })
     }
 

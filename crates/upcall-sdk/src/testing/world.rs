@@ -42,6 +42,7 @@ pub(crate) struct World {
     pub(crate) answers: OpSet,
     issues: bool,
     keeps_sidecar: bool,
+    asks_extents: bool,
     state: Mutex<WorldState>,
 }
 
@@ -132,6 +133,7 @@ impl World {
             answers: info.answers,
             issues: info.issues,
             keeps_sidecar: info.sidecar,
+            asks_extents: info.extents,
             state: Mutex::new(state),
         }
     }
@@ -254,6 +256,7 @@ pub(crate) static SERVICES: sys::Services = sys::Services {
     sidecar_read,
     sidecar_write,
     sidecar_sync,
+    extents,
 };
 
 /// The virtual time of an instance of a test host; none for any other's.
@@ -534,6 +537,32 @@ unsafe extern "C" fn sidecar_write(
     sidecar.written = written;
     sidecar.read_error = None;
     0
+}
+
+/// All is data: the disks in memory have no holes.
+unsafe extern "C" fn extents(
+    instance: *mut sys::Instance,
+    disk: u32,
+    offset: u64,
+    length: u64,
+    entries: *mut sys::Extent,
+    max: u32,
+) -> i32 {
+    // SAFETY: as in `issue`.
+    let world = unsafe { world(instance) };
+    if !world.asks_extents {
+        return Errno::from_raw(libc::EPERM).negative();
+    }
+    let Some(of) = world.disks.get(disk as usize) else { return Errno::ENODEV.negative() };
+    let is_whole = (offset | length).is_multiple_of(u64::from(of.block_size));
+    let is_inside = offset.checked_add(length).is_some_and(|end| end <= of.capacity.0);
+    if !is_whole || !is_inside || length == 0 || max == 0 || entries.is_null() {
+        return Errno::EINVAL.negative();
+    }
+    let all = sys::Extent { length: sys::U64(length), kind: sys::EXTENT_DATA, reserved0: 0 };
+    // SAFETY: the filter's duty: there is room for `max` entries.
+    unsafe { entries.write(all) };
+    1
 }
 
 unsafe extern "C" fn sidecar_sync(instance: *mut sys::Instance) -> i32 {

@@ -743,6 +743,8 @@ impl Course<'_> {
                 }
             });
         }
+        disk.extents
+            .rechain(disk.slots.iter().map(|slot| (slot.instance, slot.spec.decides_data())));
         let ranks = disk.slots.iter().map(|slot| slot.hop).chain([disk.store_hop]);
         for (rank, hop) in ranks.enumerate() {
             self.core.page.rank(hop, (disk.first_hop + 1 + rank) as u64);

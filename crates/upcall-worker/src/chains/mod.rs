@@ -23,6 +23,7 @@ use upcall_vhost::BlkConfig;
 
 use crate::config::{DiskConfig, LogSink, SlotConfig};
 use crate::engine::{Command, Whereabouts};
+use crate::extents::DiskExtents;
 use crate::hosts::{EngineHandle, HostKeeper};
 use crate::start::{ArenaMemory, StateFolder};
 use request::*;
@@ -99,6 +100,8 @@ pub(crate) struct DiskChain {
     pub(crate) state: StateFolder,
     /// It is not known what a client was told of its holes.
     pub(crate) tells_extents: bool,
+    /// What filters are told of them.
+    pub(crate) extents: Arc<DiskExtents>,
 }
 
 impl DiskChain {

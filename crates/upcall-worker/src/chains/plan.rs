@@ -456,6 +456,7 @@ fn start(
         hop,
         on_failure,
         sidecar: sidecar.clone(),
+        extents: vec![disk.extents.clone()],
         arrival: None,
     });
     if replaces.is_none() {

@@ -27,6 +27,7 @@ use crate::config::{
     StoreFailures, WorkerConfig,
 };
 use crate::error::StartError;
+use crate::extents::DiskExtents;
 use crate::hosts::{EngineHandle, Supervisor, SupervisorOrders};
 use crate::recipe::Recipe;
 use crate::worker::{RunningEngine, Worker};
@@ -84,6 +85,7 @@ struct StartingDisk {
     /// In the order of the chain.
     slots: Vec<StartingSlot>,
     arena: Option<ArenaMemory>,
+    extents: Arc<DiskExtents>,
     /// Index of its first hop in the page of counters: the request, then the slots, then
     /// [room](SPARE_HOPS) for more of them, then the store.
     first_hop: usize,
@@ -138,6 +140,9 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
             _ => None,
         };
         let hops = 2 + slots.len() + SPARE_HOPS;
+        let decides = chain.slots().map(|(_, spec)| spec.decides_data());
+        let decides = slots.iter().map(|slot| slot.instance).zip(decides);
+        let extents = DiskExtents::new(&store, decides);
         let name = config.name.as_str().into();
         starting.push(StartingDisk {
             name,
@@ -147,6 +152,7 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
             chain,
             slots,
             arena: None,
+            extents,
             first_hop,
         });
         first_hop += hops;

@@ -43,6 +43,10 @@ pub(super) fn plan_instances(
                 hop: disk.first_hop + 1 + place,
                 on_failure: slot.on_failure,
                 sidecar: slot.sidecar.clone(),
+                extents: std::iter::once(number)
+                    .chain(slot.grants.iter().copied())
+                    .map(|disk| disks[disk].extents.clone())
+                    .collect(),
                 arrival: state.handover().map(|handover| {
                     let saved = handover.states.iter().find(|(name, _)| *name == slot.state_name);
                     saved.map(|(_, state)| state.clone())
@@ -195,6 +199,7 @@ pub(super) fn serve(
         arena: disk.arena,
         state,
         tells_extents,
+        extents: disk.extents,
         config: DiskConfig { nbd: None, ..disk.config },
     };
     let served = ServedDisk {

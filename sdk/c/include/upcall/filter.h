@@ -60,9 +60,10 @@ extern "C" {
  * 1.1: UPCALL_FILTER_SIDECAR; sidecar_read(), sidecar_write(), sidecar_sync().
  * 1.2: upcall_filter.save_state, load_state; events ATTACH and DETACH, MIGRATE_OUT and
  *      MIGRATE_IN.
+ * 1.3: UPCALL_FILTER_EXTENTS; extents().
  */
 #define UPCALL_ABI_MAJOR 1u
-#define UPCALL_ABI_MINOR 2u
+#define UPCALL_ABI_MINOR 3u
 #define UPCALL_ABI_VERSION ((UPCALL_ABI_MAJOR << 16) | UPCALL_ABI_MINOR)
 
 /* Operations. In masks, use UPCALL_OP_BIT. */
@@ -179,6 +180,23 @@ struct upcall_issue {
     void (*done)(void *arg, int32_t status);
     void *arg;
 };
+
+/* What a stretch of a disk is; see upcall_services.extents. */
+enum {
+    UPCALL_EXTENT_DATA = 0, /* anything */
+    UPCALL_EXTENT_ZERO = 1, /* takes space and reads as zeroes */
+    UPCALL_EXTENT_HOLE = 2  /* takes no space and reads as zeroes */
+};
+
+/* Since 1.3. */
+struct upcall_extent {
+    UPCALL_ALIGN8 uint64_t length; /* bytes; whole blocks, not 0 */
+    uint32_t kind;                 /* UPCALL_EXTENT_... */
+    uint32_t reserved0;
+};
+
+/* Most extents that are said at once. */
+#define UPCALL_EXTENTS_MAX 1024u
 
 /* Levels of log(). */
 enum { UPCALL_LOG_ERROR = 1, UPCALL_LOG_WARN = 2, UPCALL_LOG_INFO = 3, UPCALL_LOG_DEBUG = 4 };
@@ -320,6 +338,27 @@ struct upcall_services {
     int32_t (*sidecar_read)(struct upcall_instance *inst, void *buf, uint32_t size);
     int32_t (*sidecar_write)(struct upcall_instance *inst, const void *data, uint32_t length);
     int32_t (*sidecar_sync)(struct upcall_instance *inst);
+
+    /*
+     * Since 1.3. What a range of a disk is, as its store knows it: of the instance's own
+     * disk (@disk 0), what lies below the instance; of the n-th granted one, all of it. For a
+     * table with UPCALL_FILTER_EXTENTS. Puts at most @max and UPCALL_EXTENTS_MAX extents in a
+     * row, which begin at @offset, at @entries, and returns how many, at least one. They
+     * may say less than @length bytes; ask again for the rest.
+     *
+     * It is DATA when nobody knows, or nobody answers within some seconds; and where a
+     * filter below decides data (`changes`, `answers`), for what the store has is then not
+     * what the instance reads. Writes that have completed below are in it; of those in flight
+     * nothing is promised. A change of the chain can make it wrong: ask again after UNSTUN.
+     *
+     * It blocks. Call it from open(), run_blocking() or a thread of your own.
+     *   -EINVAL   not whole blocks of the disk, empty, or no room at @entries
+     *   -EDEADLK  called in start_io(), io_done() or done(), which must not block
+     *   -EPERM    the table lacks UPCALL_FILTER_EXTENTS
+     *   -ENODEV   no such granted disk
+     */
+    int32_t (*extents)(struct upcall_instance *inst, uint32_t disk, uint64_t offset,
+                       uint64_t length, struct upcall_extent *entries, uint32_t max);
 };
 
 /* Most bytes of a sidecar. */
@@ -358,6 +397,7 @@ enum {
 /* upcall_filter.flags */
 #define UPCALL_FILTER_ISSUES 1u  /* issues requests of its own */
 #define UPCALL_FILTER_SIDECAR 2u /* since 1.1: keeps a state of its own; see sidecar_read() */
+#define UPCALL_FILTER_EXTENTS 4u /* since 1.3: asks for extents() */
 
 /*
  * The table that a filter exports. Functions that are not needed are NULL; only
