@@ -112,7 +112,7 @@ fn a_filter_of_a_newer_abi_is_refused_with_both_versions() {
     let file = filter(&["-DABI=UPCALL_ABI_VERSION+1"]);
     let (mut host, _) = start(&file, Placement::Isolated);
     let said = host.describe().unwrap_err().to_string();
-    assert!(said.contains("1.3") && said.contains("1.2"), "{said}");
+    assert!(said.contains("1.4") && said.contains("1.3"), "{said}");
     let file = filter(&["-DABI=0x20000"]);
     let (mut host, _) = start(&file, Placement::Isolated);
     assert!(host.describe().unwrap_err().to_string().contains("2.0"));
