@@ -173,7 +173,8 @@ pub(crate) struct Engine {
     order: u64,
     /// No delivery is overdue before.
     due_at_ns: u64,
-    /// The clock when this turn of the loop began: the time of all that happens in it.
+    /// The clock when this turn of the loop began, or when stores had answered in it: the time of
+    /// all that happens then.
     seen_ns: u64,
     images: Images,
     /// Deliveries of requests that ended without their answer, which may still come.
@@ -365,6 +366,10 @@ impl Engine {
             lane.store.poll(&mut stored);
         }
         let busy = !stored.is_empty();
+        if busy {
+            // Some stores answer within the turn in which they are asked.
+            self.seen_ns = self.now_ns();
+        }
         for done in stored.drain(..) {
             self.handle_stored(done);
         }

@@ -15,6 +15,8 @@ mod policy;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -77,6 +79,7 @@ pub fn run(
         hangup,
         listeners,
         config,
+        control: args.control.clone().unwrap_or_else(|| stats::control_beside(&stats)),
         stats,
         log: log::sink(args.log_level),
         policy: Policy::new(args.restart_pause_ms),
@@ -106,8 +109,9 @@ struct Supervisor<'a> {
     /// With their disks' places.
     listeners: Vec<(usize, Listener)>,
     config: Option<String>,
-    /// Where workers keep their counters.
+    /// Where workers keep their counters, and where they are controlled.
     stats: PathBuf,
+    control: PathBuf,
     log: LogSink,
     policy: Policy,
     /// A worker has served, and `ready` was said.
@@ -312,9 +316,17 @@ impl Supervisor<'_> {
                 ),
             );
         }
-        let mut unfinished = self.stats.clone().into_os_string();
-        unfinished.push(format!(".{worker}"));
-        let _ = std::fs::remove_file(unfinished);
+        for path in [&self.stats, &self.control] {
+            let mut unfinished = path.clone().into_os_string();
+            unfinished.push(format!(".{worker}"));
+            let _ = std::fs::remove_file(unfinished);
+        }
+        // Where somebody still listens, it is another worker's.
+        let is_socket = std::fs::symlink_metadata(&self.control)
+            .is_ok_and(|found| found.file_type().is_socket());
+        if is_socket && UnixStream::connect(&self.control).is_err() {
+            let _ = std::fs::remove_file(&self.control);
+        }
         if PageReader::open(&self.stats).is_ok_and(|page| page.pid() == worker) {
             let _ = std::fs::remove_file(&self.stats);
         }
