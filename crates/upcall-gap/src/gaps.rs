@@ -6,13 +6,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
-use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use upcall_block::{Errno, Range, Status};
 use upcall_ring::Inbox;
 
 use crate::file::{Damage, GapFile};
+use crate::lock::lock;
 use crate::map::{ClearId, Gap};
 use crate::span::Span;
 use crate::syncer::{self, Shared, Syncer};
@@ -201,12 +201,9 @@ fn ended() -> io::Error {
     io::Error::other("the thread that writes the gap file has ended")
 }
 
-/// How long a lock may outlive its holder.
-const GRACE: Duration = Duration::from_secs(1);
-
 fn open_existing(folder: BorrowedFd<'_>, name: &str) -> Result<Option<File>, GapError> {
     match offline::open_at(folder, name, OFlags::RDWR)? {
-        Some(file) => lock(name, &file).map(|()| Some(file)),
+        Some(file) => lock(name, &file, File::try_lock).map(|()| Some(file)),
         None => Ok(None),
     }
 }
@@ -226,30 +223,12 @@ fn create(
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR;
     let medium: File = rustix::fs::openat(folder, &unfinished, flags, mode).map_err(failed)?.into();
-    lock(name, &medium)?;
+    lock(name, &medium, File::try_lock)?;
     let (file, map) = GapFile::create(medium, random_id(name)?, capacity)
         .map_err(|error| GapError::of_file(name, error))?;
     rustix::fs::renameat(folder, &unfinished, folder, name).map_err(failed)?;
     rustix::fs::fsync(folder).map_err(failed)?;
     Ok((map, file, Damage::default()))
-}
-
-fn lock(name: &str, file: &File) -> Result<(), GapError> {
-    let start = Instant::now();
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(()),
-            Err(std::fs::TryLockError::Error(error)) => {
-                return Err(GapError::system(name, "lock", error));
-            }
-            Err(std::fs::TryLockError::WouldBlock) if start.elapsed() < GRACE => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(GapError::Busy { name: name.to_owned() });
-            }
-        }
-    }
 }
 
 fn random_id(name: &str) -> Result<[u8; 16], GapError> {

@@ -53,6 +53,7 @@ mod file;
 mod format;
 mod gaps;
 mod known;
+mod lock;
 mod map;
 mod medium;
 mod offline;

@@ -8,6 +8,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use crate::GapError;
 use crate::file::{Damage, read_header, read_pages};
 use crate::format::page_count;
+use crate::lock::lock;
 use crate::map::{Gap, Ranges};
 
 /// What a gap file says.
@@ -26,15 +27,7 @@ pub struct Report {
 /// open. Follows no symbolic link; costs time and memory in proportion to the file's length.
 pub fn read(folder: BorrowedFd<'_>, name: &str) -> Result<Option<Report>, GapError> {
     let Some(mut file) = open_at(folder, name, OFlags::RDONLY)? else { return Ok(None) };
-    match file.try_lock_shared() {
-        Ok(()) => {}
-        Err(std::fs::TryLockError::WouldBlock) => {
-            return Err(GapError::Busy { name: name.to_owned() });
-        }
-        Err(std::fs::TryLockError::Error(error)) => {
-            return Err(GapError::system(name, "lock", error));
-        }
-    }
+    lock(name, &file, File::try_lock_shared)?;
     let header = read_header(&mut file).map_err(|error| GapError::of_file(name, error))?;
     let Some(header) = header else {
         let damage = Damage { headers: true, pages: 0 };

@@ -84,6 +84,21 @@ fn marks_are_found_again_and_are_answered_at_once_the_second_time() {
     assert_eq!(marker.mark(MarkToken(0), range(0, 512)), Mark::Already, "known from the file");
 }
 
+/// What a child of a dead worker does until it has become its program.
+#[test]
+fn a_lock_that_outlives_its_holder_for_a_moment_is_waited_for() {
+    let folder = Folder::new("lingering");
+    drop(folder.open(CAPACITY));
+    let copy = File::open(folder.0.join("f-0.gaps")).unwrap();
+    copy.lock().unwrap();
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(copy);
+    });
+    assert!(read(folder.1.as_fd(), "f-0.gaps").unwrap().is_some());
+    ends.join().unwrap();
+}
+
 #[test]
 fn one_process_at_a_time_has_a_gap_file_and_nobody_reads_it_meanwhile() {
     let folder = Folder::new("lock");

@@ -136,7 +136,8 @@ fn line(text: &str) -> Result<Line, String> {
     let (Some(access), Some(size), Some(kind)) = (access, size, kind) else {
         return Err(wrong("has no size or type"));
     };
-    if size.parse::<u64>().is_err() {
+    // Words are what is between single spaces: no tab may hide in the first.
+    if access != first || size.parse::<u64>().is_err() {
         return Err(wrong("has no size"));
     }
     if kind == "ZERO" && words.next().is_none() {
@@ -206,6 +207,7 @@ mod tests {
             "RW 2048 VMFSRDM \"x\"",
             "  RW 2048 VMFS \"x\" 0",
             "RW\t2048 FLAT \"/etc/passwd\" 0",
+            "RW\t) 2048 FLAT \"x\" 0",
             "\x0bRW 2048 FLAT \"/etc/passwd\" 0",
             "RW 2048 ZERO \"/etc/passwd\" 0",
             "RW\n2048 FLAT \"/etc/passwd\" 0",
