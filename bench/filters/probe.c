@@ -25,6 +25,9 @@
 #ifndef NAME
 #define NAME "bench-probe"
 #endif
+#ifndef VERSION
+#define VERSION "1"
+#endif
 #ifndef CLASS
 #define CLASS UPCALL_CLASS_INSPECTION
 #endif
@@ -194,7 +197,7 @@ UPCALL_EXPORT_FILTER = {
     .size = sizeof(struct upcall_filter),
     .abi_version = UPCALL_ABI_VERSION,
     .name = NAME,
-    .version = "1",
+    .version = VERSION,
     .vendor = "Upcall",
     .summary = "Does as little as a filter can, for the benchmark",
     .filter_class = CLASS,

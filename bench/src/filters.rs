@@ -53,6 +53,16 @@ impl Filters {
     /// The `number`-th filter of a kind. Filters of different numbers are different files,
     /// so that each gets a filter host of its own.
     pub fn build(&self, kind: Kind, number: usize) -> Result<PathBuf, String> {
+        self.build_version(kind, number, 1)
+    }
+
+    /// The same filter in another version, which can take the place of the first.
+    pub fn build_version(
+        &self,
+        kind: Kind,
+        number: usize,
+        version: u32,
+    ) -> Result<PathBuf, String> {
         let Kind { data, width } = kind;
         let rw = "(UPCALL_OP_BIT(UPCALL_READ)|UPCALL_OP_BIT(UPCALL_WRITE))";
         let (word, declares) = match data {
@@ -70,7 +80,11 @@ impl Filters {
                 ("elsewhere", vec!["-DOPS=UPCALL_OP_BIT(UPCALL_DISCARD)".to_owned()])
             }
         };
-        let target = self.folder.join(format!("{word}-{width}-{number}.so"));
+        let name = match version {
+            1 => format!("{word}-{width}-{number}.so"),
+            _ => format!("{word}-{width}-{number}-version-{version}.so"),
+        };
+        let target = self.folder.join(name);
         let root = root();
         let source = root.join("bench/filters/probe.c");
         if is_newer(&target, &[&source, &root.join("sdk/c/include/upcall/filter.h")]) {
@@ -80,6 +94,7 @@ impl Filters {
         cc.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"]);
         cc.arg(format!("-m{width}")).args(declares);
         cc.arg(format!("-DNAME=\"bench-{word}-{number}\""));
+        cc.arg(format!("-DVERSION=\"{version}\""));
         cc.arg(format!("-I{}", root.join("sdk/c/include").display()));
         cc.arg("-o").arg(&target).arg(source);
         match cc.output() {

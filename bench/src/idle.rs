@@ -22,6 +22,11 @@ pub const AT_REST: &str = "at rest";
 /// See [`AT_REST`].
 pub const START: &str = "start";
 
+/// Sides of [`START`].
+pub const NO_FILTER: &str = "worker without filters";
+/// See [`NO_FILTER`].
+pub const TWO_FILTERS: &str = "worker and 2 filter hosts";
+
 const CAPACITY: u64 = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -68,7 +73,7 @@ fn pid(server: &Server) -> u32 {
 
 fn start_times(section: &mut Section, effort: &Effort, chain: &[PathBuf]) {
     for _ in 0..effort.rounds.max(5) {
-        for (side, count) in [("worker without filters", 0), ("worker and 2 filter hosts", 2)] {
+        for (side, count) in [(NO_FILTER, 0), (TWO_FILTERS, 2)] {
             let scratch = Scratch::new();
             let took_ns = serve(&scratch, 1, &chain[..count]).1.as_nanos() as f64;
             section.row(START, side, "").push("took", Unit::Nanoseconds, took_ns);

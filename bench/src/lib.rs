@@ -7,7 +7,7 @@
 //!
 //! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone),
 //!   [`path`] (whole disks, beside qemu-storage-daemon), [`nbd`] (beside nbdkit), [`crowd`],
-//!   [`idle`], [`stalls`]. Each is a [`Bench`].
+//!   [`idle`], [`stalls`], [`changes`] (pauses of chain changes). Each is a [`Bench`].
 //! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
 //!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
 //! * What comes out: [`report`].
@@ -15,6 +15,7 @@
 //! Nothing here is part of what is measured.
 #![forbid(unsafe_code)]
 
+pub mod changes;
 pub mod crowd;
 pub mod filters;
 pub mod floor;
@@ -49,4 +50,5 @@ pub const ALL: &[Bench] = &[
     Bench { name: "crowd", about: "an NBD client beside idle and slow ones", run: crowd::run },
     Bench { name: "idle", about: "disks at rest, and their start", run: idle::run },
     Bench { name: "stalls", about: "what a guest feels when something dies", run: stalls::run },
+    Bench { name: "changes", about: "what a guest feels of chain changes", run: changes::run },
 ];

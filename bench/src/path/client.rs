@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -77,11 +77,23 @@ pub struct Load {
     pub reads: u8,
     /// How it waits.
     pub wait: Wait,
-    /// How long it goes on.
+    /// How long it goes on, if [`Link::stop`] does not end it earlier.
     pub slice: Duration,
     /// How many queues to use.
     pub queues: usize,
 }
+
+/// A time of at least [`GAP_LEAST`] in which nothing came back.
+#[derive(Clone, Copy, Debug)]
+pub struct Gap {
+    /// The completion before it, or the round's start.
+    pub from: Instant,
+    /// The completion that ended it.
+    pub to: Instant,
+}
+
+/// Gaps that are shorter are not kept.
+pub const GAP_LEAST: Duration = Duration::from_micros(20);
 
 /// A connection with queues of its own. One thread drives each queue.
 pub struct Client {
@@ -97,6 +109,8 @@ pub struct Link {
     places: Vec<Arc<Place>>,
     /// What the device asked us to keep: what it had in flight, for the next device.
     inflight: Option<Inflight>,
+    /// The round is to end.
+    stop: Arc<AtomicBool>,
 }
 
 struct Inflight {
@@ -123,6 +137,8 @@ struct Queue {
     random: u64,
     /// Empty polls in a row.
     looks: u32,
+    /// Of the last round.
+    gaps: Vec<Gap>,
 }
 
 impl Client {
@@ -132,7 +148,8 @@ impl Client {
         let place = |number| Place::new(&memory, number).map(Arc::new);
         let places = (0..queues).map(place).collect::<io::Result<Vec<_>>>()?;
         let connection = Connection::open(path)?;
-        let mut link = Link { path: path.to_owned(), connection, memory, places, inflight: None };
+        let (path, stop) = (path.to_owned(), Arc::default());
+        let mut link = Link { path, connection, memory, places, inflight: None, stop };
         link.greet()?;
         let queue = |(number, place): (usize, &Arc<Place>)| Queue {
             memory: link.memory.clone(),
@@ -143,6 +160,7 @@ impl Client {
             capacity,
             random: 0x9e37_79b9_7f4a_7c15 + number as u64,
             looks: 0,
+            gaps: Vec::new(),
         };
         let queues = link.places.iter().enumerate().map(queue).collect();
         Ok(Client { link, queues })
@@ -162,8 +180,11 @@ impl Client {
         meanwhile: impl FnOnce(&mut Link) -> T,
     ) -> Result<(Round, T), String> {
         let Client { link, queues } = self;
+        link.stop.store(false, Ordering::Relaxed);
+        let stop = link.stop.clone();
         let (rounds, result) = std::thread::scope(|scope| {
-            let run = |queue| scope.spawn(move || Queue::run(queue, load, patience));
+            let stop = &*stop;
+            let run = |queue| scope.spawn(move || Queue::run(queue, load, patience, stop));
             let threads: Vec<_> = queues.iter_mut().take(load.queues).map(run).collect();
             let result = meanwhile(link);
             let ended = |thread: std::thread::ScopedJoinHandle<'_, _>| {
@@ -185,9 +206,19 @@ impl Client {
         sum.used = vec![(CLIENT.into(), client)];
         Ok((sum, result))
     }
+
+    /// The gaps of the last round in its first queue, in their order.
+    pub fn gaps(&self) -> &[Gap] {
+        self.queues.first().map_or(&[], |queue| &queue.gaps)
+    }
 }
 
 impl Link {
+    /// Has the round end now: nothing more is sent, and what is in flight comes back.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
     /// Whether the device keeps track of what is in flight, so that another can go on.
     pub fn outlives_the_device(&self) -> bool {
         self.inflight.is_some()
@@ -296,7 +327,12 @@ impl Place {
 }
 
 impl Queue {
-    fn run(queue: &mut Queue, load: Load, patience: Duration) -> Result<Round, String> {
+    fn run(
+        queue: &mut Queue,
+        load: Load,
+        patience: Duration,
+        stop: &AtomicBool,
+    ) -> Result<Round, String> {
         let depth = load.depth.min(DEPTH_MAX).min(DATA_BYTES / load.length as usize);
         let before = Used::by_this_thread();
         let mut free: Vec<u16> = (0..depth as u16).rev().collect();
@@ -304,9 +340,10 @@ impl Queue {
         let mut is_read = vec![None; depth];
         let mut round = Round::default();
         let start = Instant::now();
-        let mut now = start;
+        let (mut now, mut last) = (start, start);
+        queue.gaps.clear();
         loop {
-            let over = now - start >= load.slice;
+            let over = now - start >= load.slice || stop.load(Ordering::Relaxed);
             if over && free.len() == depth {
                 break;
             }
@@ -337,6 +374,10 @@ impl Queue {
             }
             queue.looks = 0;
             now = Instant::now();
+            if now - last >= GAP_LEAST {
+                queue.gaps.push(Gap { from: last, to: now });
+            }
+            last = now;
             for _ in 0..ended {
                 let (slot, status) = queue.take_used().ok_or("the used ring is nonsense")?;
                 round.errors += u64::from(status != 0);

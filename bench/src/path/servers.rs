@@ -142,7 +142,7 @@ pub fn qemu_storage_daemon(
 }
 
 /// A file with data in all its blocks: a hole would be read without the disk.
-fn image(scratch: &Scratch, name: &str) -> Result<PathBuf, String> {
+pub fn image(scratch: &Scratch, name: &str) -> Result<PathBuf, String> {
     let path = scratch.join(&format!("{name}.img"));
     write_image(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(path)

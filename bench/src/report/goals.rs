@@ -7,7 +7,7 @@ use std::fmt::Write;
 use super::Report;
 use crate::measure::{Metric, Spread, Unit};
 use crate::path::servers::Disk;
-use crate::{crowd, floor, idle, nbd, path, stalls, upcall};
+use crate::{changes, crowd, floor, idle, nbd, path, stalls, upcall};
 use upcall_measure::text::{amount, times};
 
 struct Goal {
@@ -164,6 +164,22 @@ const GOALS: &[Goal] = &[
         },
     },
     Goal {
+        what: "a worker without filters starts; each filter host more",
+        goal: "≤ 20 ms each: 100 disks in 2 s, and a killed filter's stall",
+        reached: |report| {
+            let of = |side| metric(report, "idle", idle::START, side, "took");
+            let (without, with) = (of(idle::NO_FILTER)?, of(idle::TWO_FILTERS)?);
+            let (worker_ns, both_ns) =
+                (without.spread().median, difference(with, without).spread().median);
+            let figures = format!(
+                "{}; {}",
+                amount(worker_ns, Unit::Nanoseconds),
+                amount((both_ns / 2.0).max(0.0), Unit::Nanoseconds)
+            );
+            Some((figures, worker_ns <= 20e6 && both_ns / 2.0 <= 20e6))
+        },
+    },
+    Goal {
         what: "100 idle disks start",
         goal: "≤ 2 s",
         reached: |report| {
@@ -201,6 +217,11 @@ const GOALS: &[Goal] = &[
             let ratio = Spread::of_ratios(of(stalls::CRASH_LOOP)?, of(stalls::NORMAL)?)?;
             Some((format!("{} ×", times(ratio)), ratio.median <= 2.0))
         },
+    },
+    Goal {
+        what: "a chain changes under load, 32 in flight: pause p99 of each kind of change",
+        goal: "≤ 5 ms, no error",
+        reached: pauses,
     },
     Goal {
         what: "an NBD client beside 1000 idle connections and 32 slow ones: p99 of a read",
@@ -252,6 +273,26 @@ fn stall(report: &Report, case: &str, most_ns: f64) -> Option<(String, bool)> {
     let figures =
         format!("p50 {p50}, p99 {p99_text}, max {max}; {deaths} deaths, {errors} requests failed");
     Some((figures, p99 <= most_ns && errors == 0.0))
+}
+
+fn pauses(report: &Report) -> Option<(String, bool)> {
+    let (mut figures, mut all, mut changes, mut errors) = (Vec::new(), true, 0.0, 0.0);
+    for disk in [Disk::Null, Disk::Raw] {
+        let mut errors_of_disk: f64 = 0.0;
+        for kind in changes::KINDS {
+            let row = report.section("changes")?.find(&changes::case(disk, 32), kind)?;
+            let p99_ns = row.median("pause p99")?;
+            let p99 = amount(p99_ns, Unit::Nanoseconds);
+            figures.push(format!("{}, {kind}: {p99}", disk.word()));
+            all &= p99_ns <= 5e6;
+            changes += row.median("changes")?;
+            // All kinds of a disk share their rounds.
+            errors_of_disk = errors_of_disk.max(row.median("requests that failed")?);
+        }
+        errors += errors_of_disk;
+    }
+    figures.push(format!("{changes} changes, {errors} requests failed"));
+    Some((figures.join("<br>"), all && errors == 0.0))
 }
 
 fn null_read(depth: usize) -> String {
