@@ -207,6 +207,11 @@ fn a_filter_leaves_no_process_behind_that_could_write_to_what_the_next_one_has()
 }
 
 #[test]
+fn a_filter_neither_reaches_into_other_processes_nor_leaves_its_group() {
+    is_stopped_with("reach", Errno::from_raw(1)); // EPERM
+}
+
+#[test]
 fn a_filter_host_has_no_capability_that_lifts_a_bound_and_gains_none() {
     let table = Table::laid("nothing", patient());
     let status = std::fs::read_to_string(format!("/proc/{}/status", table.eater())).unwrap();
