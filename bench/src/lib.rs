@@ -7,7 +7,8 @@
 //!
 //! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone),
 //!   [`path`] (whole disks, beside qemu-storage-daemon), [`nbd`] (beside nbdkit), [`crowd`],
-//!   [`idle`], [`stalls`], [`changes`] (pauses of chain changes). Each is a [`Bench`].
+//!   [`idle`], [`stalls`], [`changes`] (pauses of chain changes), [`migration`], [`guest`].
+//!   Each is a [`Bench`].
 //! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
 //!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
 //! * What comes out: [`report`].
@@ -19,13 +20,16 @@ pub mod changes;
 pub mod crowd;
 pub mod filters;
 pub mod floor;
+pub mod guest;
 pub mod idle;
 pub mod machine;
+pub mod migration;
 pub mod nbd;
 pub mod path;
 pub mod report;
 pub mod stalls;
 pub mod upcall;
+mod vm;
 
 use upcall_measure::{clock, histogram, measure, process};
 
@@ -51,4 +55,10 @@ pub const ALL: &[Bench] = &[
     Bench { name: "idle", about: "disks at rest, and their start", run: idle::run },
     Bench { name: "stalls", about: "what a guest feels when something dies", run: stalls::run },
     Bench { name: "changes", about: "what a guest feels of chain changes", run: changes::run },
+    Bench {
+        name: "migration",
+        about: "how long a guest that moves stands still",
+        run: migration::run,
+    },
+    Bench { name: "guest", about: "fio in a real guest", run: guest::run },
 ];

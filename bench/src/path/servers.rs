@@ -48,6 +48,8 @@ pub struct Serving {
     program: Program,
     /// Where it listens.
     pub socket: PathBuf,
+    /// Where it listens for a second client, if the first way takes one alone.
+    pub second_socket: Option<PathBuf>,
     /// Its processes, by the names they have in rounds.
     pub watched: Vec<(String, u32)>,
 }
@@ -93,7 +95,8 @@ pub fn upcall(
     let pid = server.pid().as_raw_pid() as u32;
     let children = process::children(pid).into_iter().map(|pid| (role(pid), pid));
     let watched = std::iter::once((SERVER.to_owned(), pid)).chain(children).collect();
-    Ok(Serving { program: Program::Upcall { _server: server }, socket, watched })
+    let program = Program::Upcall { _server: server };
+    Ok(Serving { program, socket, second_socket: None, watched })
 }
 
 /// What a process that `upcall serve` has started is there for.
@@ -110,7 +113,27 @@ pub fn qemu_storage_daemon(
     disk: Disk,
     queues: usize,
 ) -> Result<Serving, String> {
-    let socket = scratch.join(&format!("{name}.sock"));
+    exports(scratch, disk, queues, &[name])
+}
+
+/// As [`qemu_storage_daemon`], with a second export of the same disk.
+pub fn qemu_storage_daemon_with_two_exports(
+    scratch: &Scratch,
+    name: &str,
+    disk: Disk,
+    queues: usize,
+) -> Result<Serving, String> {
+    exports(scratch, disk, queues, &[name, &format!("{name}-second")])
+}
+
+/// The first of the exports' names is the image's, too.
+fn exports(
+    scratch: &Scratch,
+    disk: Disk,
+    queues: usize,
+    names: &[&str],
+) -> Result<Serving, String> {
+    let name = names[0];
     let what = match disk {
         // Reads fill the guest's memory, as ours do.
         Disk::Null => format!("driver=null-co,node-name=disk,size={CAPACITY},read-zeroes=on"),
@@ -125,19 +148,28 @@ pub fn qemu_storage_daemon(
     };
     let log = scratch.join(&format!("{name}.log"));
     let log = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
-    let child = Command::new("qemu-storage-daemon")
-        .args(["--object", "iothread,id=thread", "--blockdev", &what, "--export"])
-        .arg(format!(
-            "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},iothread=thread,addr.type=unix,addr.path={}",
+    let mut command = Command::new("qemu-storage-daemon");
+    command.args(["--object", "iothread,id=thread", "--blockdev", &what]);
+    let sockets: Vec<PathBuf> =
+        names.iter().map(|name| scratch.join(&format!("{name}.sock"))).collect();
+    for (name, socket) in names.iter().zip(&sockets) {
+        command.arg("--export").arg(format!(
+            "type=vhost-user-blk,id={name},node-name=disk,writable=on,num-queues={queues},iothread=thread,addr.type=unix,addr.path={}",
             socket.display()
-        ))
-        .stdin(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .map_err(|error| format!("qemu-storage-daemon (Debian: qemu-system-common): {error}"))?;
+        ));
+    }
+    let child =
+        command.stdin(Stdio::null()).stderr(log).spawn().map_err(|error| {
+            format!("qemu-storage-daemon (Debian: qemu-system-common): {error}")
+        })?;
     let watched = vec![(SERVER.to_owned(), child.id())];
-    let serving = Serving { program: Program::Peer(child), socket, watched };
-    wait_for_file(&serving.socket, PATIENCE)?;
+    let mut sockets = sockets.into_iter();
+    let socket = sockets.next().unwrap_or_default();
+    let second_socket = sockets.next();
+    let serving = Serving { program: Program::Peer(child), socket, second_socket, watched };
+    for socket in [Some(&serving.socket), serving.second_socket.as_ref()].into_iter().flatten() {
+        wait_for_file(socket, PATIENCE)?;
+    }
     Ok(serving)
 }
 

@@ -7,7 +7,7 @@ use std::fmt::Write;
 use super::Report;
 use crate::measure::{Metric, Spread, Unit};
 use crate::path::servers::Disk;
-use crate::{changes, crowd, floor, idle, nbd, path, stalls, upcall};
+use crate::{changes, crowd, floor, guest, idle, migration, nbd, path, stalls, upcall};
 use upcall_measure::text::{amount, times};
 
 struct Goal {
@@ -224,6 +224,16 @@ const GOALS: &[Goal] = &[
         reached: pauses,
     },
     Goal {
+        what: "a guest moves: how long it stands still, no filter and one",
+        goal: "≤ 1.05 × qemu-storage-daemon without any, each",
+        reached: downtimes,
+    },
+    Goal {
+        what: "fio in an emulated guest, raw O_DIRECT, one filter: rate of reads and writes, 1 and 32 in flight",
+        goal: "≥ 0.95 × qemu-storage-daemon without any, each",
+        reached: guest_to_peer,
+    },
+    Goal {
         what: "an NBD client beside 1000 idle connections and 32 slow ones: p99 of a read",
         goal: "≤ 2 × alone, 1 and 32 in flight",
         reached: |report| {
@@ -293,6 +303,42 @@ fn pauses(report: &Report) -> Option<(String, bool)> {
     }
     figures.push(format!("{changes} changes, {errors} requests failed"));
     Some((figures.join("<br>"), all && errors == 0.0))
+}
+
+fn downtimes(report: &Report) -> Option<(String, bool)> {
+    let (mut figures, mut all) = (Vec::new(), true);
+    for name in [migration::DOWNTIME, migration::UNWRITTEN] {
+        let of = |side: &str| metric(report, "migration", migration::MOVE, side, name);
+        let theirs = of(path::PEER)?;
+        for filters in [0, 1] {
+            let ours = of(&path::ours(filters))?;
+            let ratio = Spread::of_ratios(ours, theirs)?;
+            let [ours, theirs] =
+                [ours, theirs].map(|metric| amount(metric.spread().median, metric.unit));
+            figures.push(format!("{name}, {filters}: {} ×: {ours}, theirs {theirs}", times(ratio)));
+            all &= ratio.median <= 1.05;
+        }
+    }
+    let lost = |side: &str| {
+        let lost = metric(report, "migration", migration::MOVE, side, migration::LOST)?;
+        Some(lost.samples.iter().sum::<f64>())
+    };
+    let (ours, theirs) = (lost(&path::ours(0))? + lost(&path::ours(1))?, lost(path::PEER)?);
+    figures.push(format!("{}: {ours}, theirs {theirs}", migration::LOST));
+    Some((figures.join("<br>"), all))
+}
+
+fn guest_to_peer(report: &Report) -> Option<(String, bool)> {
+    let (mut figures, mut all) = (Vec::new(), true);
+    for load in guest::LOADS {
+        for depth in guest::DEPTHS {
+            let of = |side: &str| metric(report, "guest", &guest::case(load, depth), side, "rate");
+            let ratio = Spread::of_ratios(of(&path::ours(1))?, of(path::PEER)?)?;
+            figures.push(format!("{load}, {depth}: {} ×", times(ratio)));
+            all &= ratio.median >= 0.95;
+        }
+    }
+    Some((figures.join("<br>"), all))
 }
 
 fn null_read(depth: usize) -> String {
