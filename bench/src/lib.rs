@@ -7,8 +7,8 @@
 //!
 //! * What is measured: [`floor`] (what the machine can do), [`upcall`] (a filter alone),
 //!   [`path`] (whole disks, beside qemu-storage-daemon), [`nbd`] (beside nbdkit), [`crowd`],
-//!   [`idle`], [`stalls`], [`changes`] (pauses of chain changes), [`migration`], [`guest`].
-//!   Each is a [`Bench`].
+//!   [`idle`], [`stalls`], [`changes`] (pauses of chain changes), [`migration`], [`guest`],
+//!   [`profile`] (where the time goes). Each is a [`Bench`].
 //! * How: [`measure`] (rows of figures), [`histogram`], [`process`] (processor time, sleeps),
 //!   [`machine`] (what it ran on), [`filters`] (what is put into chains).
 //! * What comes out: [`report`].
@@ -26,6 +26,7 @@ pub mod machine;
 pub mod migration;
 pub mod nbd;
 pub mod path;
+pub mod profile;
 pub mod report;
 pub mod stalls;
 pub mod upcall;
@@ -61,4 +62,5 @@ pub const ALL: &[Bench] = &[
         run: migration::run,
     },
     Bench { name: "guest", about: "fio in a real guest", run: guest::run },
+    Bench { name: "profile", about: "where a request's time goes", run: profile::run },
 ];

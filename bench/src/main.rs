@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use upcall_bench::filters::{programs, root};
 use upcall_bench::floor::peer;
 use upcall_bench::machine::Machine;
+use upcall_bench::profile;
 use upcall_bench::report::{self, Report};
 use upcall_bench::{ALL, Bench};
 use upcall_measure::measure::Effort;
@@ -14,7 +15,7 @@ const USAGE: &str = "usage: bench [--quick] [--out FOLDER] [NAME...]
 
 Runs all benchmarks, or those named, and writes FOLDER/*.json, report.md and graphs.
 
-  --quick       fewer and shorter rounds: a look, under two minutes
+  --quick       fewer and shorter rounds: a look, under three minutes
   --out FOLDER  where the results go [target/bench]
   --list        print the names of the benchmarks";
 
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|first| first == peer::FLAG) {
         return code(peer::play(&args[1..]));
+    }
+    if args.first().is_some_and(|first| first == profile::FLAG) {
+        return code(profile::play(&args[1..]));
     }
     match parse(&args) {
         Ok(Some(asked)) => code(run(&asked)),

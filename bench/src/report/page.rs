@@ -102,23 +102,44 @@ fn users(row: &Row) -> String {
     users.collect::<Vec<_>>().join("<br>")
 }
 
-/// Of rows with figures of all kinds.
+/// Of rows with figures of all kinds: rows that follow each other with the same few figures
+/// have a column for each.
 fn others(text: &mut String, section: &Section) {
-    text.push_str("| case | side | figures | how |\n|---|---|---|---|\n");
-    for row in &section.rows {
-        let figures: Vec<String> = row
-            .metrics
-            .iter()
-            .map(|metric| format!("{} {}", metric.name, figure(metric)))
-            .collect();
-        let _ = writeln!(
-            text,
-            "| {} | {} | {} | {} |",
-            row.case,
-            row.side,
-            figures.join("<br>"),
-            row.how
-        );
+    const COLUMNS: usize = 5;
+    let names = |row: &Row| -> Vec<String> {
+        row.metrics.iter().map(|metric| metric.name.clone()).collect()
+    };
+    let alike = section.rows.chunk_by(|one, next| {
+        let is_table = |row: &Row| row.metrics.len() <= COLUMNS;
+        is_table(one) == is_table(next)
+            && (!is_table(one) || names(one) == names(next) && one.case == next.case)
+    });
+    for rows in alike {
+        let first = names(&rows[0]);
+        if first.len() <= COLUMNS && rows.len() > 1 {
+            let said = rows.iter().any(|row| !row.how.is_empty());
+            let how = |word: &str| if said { format!(" {word} |") } else { String::new() };
+            let _ = writeln!(text, "| {} | {} |{}", rows[0].case, first.join(" | "), how("how"));
+            let _ = writeln!(
+                text,
+                "|---|{}{}",
+                "---|".repeat(first.len()),
+                if said { "---|" } else { "" }
+            );
+            for row in rows {
+                let figures: Vec<String> = row.metrics.iter().map(figure).collect();
+                let _ =
+                    writeln!(text, "| {} | {} |{}", row.side, figures.join(" | "), how(&row.how));
+            }
+        } else {
+            text.push_str("| case | side | figures | how |\n|---|---|---|---|\n");
+            for row in rows {
+                let figures = row.metrics.iter().map(|m| format!("{} {}", m.name, figure(m)));
+                let figures = figures.collect::<Vec<_>>().join("<br>");
+                let _ = writeln!(text, "| {} | {} | {figures} | {} |", row.case, row.side, row.how);
+            }
+        }
+        text.push('\n');
     }
 }
 
@@ -131,6 +152,21 @@ pub fn ratio(section: &Section, row: &Row, reference: &str, name: &str) -> Optio
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_with_the_same_few_figures_have_a_column_for_each() {
+        let mut section = Section::new("profile", &[]);
+        for (side, how) in [("one", ""), ("other", "asleep")] {
+            section.row("case", side, how).push("time", Unit::Nanoseconds, 5.0);
+            section.row("case", side, how).push("share", Unit::Count, 7.0);
+        }
+        section.row("case", "third", "").push("other", Unit::Count, 1.0);
+        let mut text = String::new();
+        section_text(&mut text, &section);
+        assert!(text.contains("| case | time | share | how |\n|---|---|---|---|\n"), "{text}");
+        assert!(text.contains("| other | 5.00 ns | 7 | asleep |\n\n"), "{text}");
+        assert!(text.contains("| case | third | other 1 |  |"), "{text}");
+    }
 
     #[test]
     fn a_section_shows_each_side_with_its_ratio_to_the_reference() {

@@ -22,12 +22,12 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// Enough for a look: under two minutes for everything.
+    /// Enough for a look: under three minutes for everything.
     pub fn quick() -> Effort {
         Effort { rounds: 3, slice: Duration::from_millis(40), quick: true }
     }
 
-    /// What figures to be quoted need: under fifteen minutes for everything.
+    /// What figures to be quoted need: under twenty minutes for everything.
     pub fn full() -> Effort {
         Effort { rounds: 7, slice: Duration::from_millis(150), quick: false }
     }
