@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::Value;
 use upcall_tests::{
     Client, Disk, Driver, Filter, Io, Outcome, Part, RawClient, RawOptions, Scratch, Server, Top,
@@ -139,6 +140,42 @@ fn top_shows_rates_line_by_line_until_the_worker_ends() {
         let bytes_each = rate(line, "read_bytes") / rate(line, "requests");
         assert!((bytes_each - 4096.0).abs() < 1.0, "{line}");
     }
+}
+
+#[test]
+fn what_killed_servers_left_in_the_runtime_folder_goes_when_another_one_starts() {
+    let scratch = Scratch::new();
+    let folder = scratch.join("runtime");
+    std::fs::create_dir(&folder).unwrap();
+    // Without a path for a socket of its own, a server's page is named after its process.
+    let serve = |name: &str| {
+        let mut command = Command::new(upcall_program());
+        let disk = format!("name=root,memory=1M,nbd=unix:{}", scratch.text(name));
+        command.args(["serve", "--disk", &disk]).env("XDG_RUNTIME_DIR", &folder);
+        Server::spawn(&scratch, command)
+    };
+    let left = || {
+        let mut names: Vec<_> =
+            folder.read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let names_of = |server: &Server| {
+        ["control", "stats"].map(|end| format!("upcall-{}.{end}", server.pid().as_raw_pid()).into())
+    };
+    let (killed, living) = (serve("1.sock"), serve("2.sock"));
+    let dead = names_of(&killed);
+    killed.signal(Signal::KILL);
+    killed.wait();
+    assert!(dead.iter().all(|name| left().contains(name)), "nothing to clear: {:?}", left());
+    let third = serve("3.sock");
+    let mut expected = [names_of(&living), names_of(&third)].concat();
+    expected.sort();
+    assert_eq!(left(), expected);
+    for server in [living, third] {
+        server.stop();
+    }
+    assert!(left().is_empty(), "{:?}", left());
 }
 
 #[test]

@@ -34,5 +34,5 @@ mod page;
 pub use histogram::{BUCKETS, Histogram, bucket_floor_ns, bucket_of};
 pub use page::{
     Block, BlockSnapshot, FilterHealth, HopKind, HopSnapshot, HopSpec, OpCounts, Page, PageReader,
-    ReadError, Standing,
+    ReadError, Standing, is_kept,
 };

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use upcall_ring::{Access, Mapping};
 
 use crate::histogram::{BUCKETS, Histogram, bucket_of};
@@ -126,6 +128,8 @@ pub struct Page {
     hops: Vec<HopPlace>,
     /// Where its file is, and which file that is.
     file: Option<(PathBuf, FileId)>,
+    /// The file itself, locked as long as the page is kept: see [`is_kept`].
+    _lock: Option<File>,
 }
 
 /// Device and inode.
@@ -172,9 +176,10 @@ impl Page {
             at += if has_counters { COUNTERS_SIZE } else { 0 };
             hops.push(HopPlace { blocks, counters, queues: spec.queues });
         }
-        let (mapping, renamed) = match path {
+        let (mapping, renamed, lock) = match path {
             None => (
                 Mapping::new(upcall_ring::memfd("upcall-stats", at)?, 0, at, Access::ReadWrite)?,
+                None,
                 None,
             ),
             Some(path) => {
@@ -194,8 +199,12 @@ impl Page {
                         .map_err(io::Error::from)
                         .and_then(|()| Mapping::new(file.as_fd(), 0, at, Access::ReadWrite))
                         .and_then(|mapping| Ok((mapping, file_id(&file.metadata()?))));
+                // Before anybody finds it. Where there are no locks, its process says it alone.
+                let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared);
                 match made {
-                    Ok((mapping, id)) => (mapping, Some((unfinished, path.to_owned(), id))),
+                    Ok((mapping, id)) => {
+                        (mapping, Some((unfinished, path.to_owned(), id)), Some(file))
+                    }
                     Err(error) => {
                         let _ = std::fs::remove_file(&unfinished);
                         return Err(error);
@@ -203,7 +212,7 @@ impl Page {
                 }
             }
         };
-        let mut page = Page { mapping: Arc::new(mapping), hops, file: None };
+        let mut page = Page { mapping: Arc::new(mapping), hops, file: None, _lock: lock };
         page.put(0, &MAGIC.to_le_bytes());
         page.put(8, &VERSION.to_le_bytes());
         page.put(12, &std::process::id().to_le_bytes());
@@ -412,6 +421,17 @@ impl std::error::Error for ReadError {}
 impl From<io::Error> for ReadError {
     fn from(error: io::Error) -> ReadError {
         ReadError::Io(error)
+    }
+}
+
+/// Whether a worker keeps the page at `path`, wherever that worker runs: also in a namespace where
+/// its process has another number. A page whose worker has ended is nobody's.
+pub fn is_kept(path: &Path) -> io::Result<bool> {
+    let file = File::open(path)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(errno) => Err(errno.into()),
     }
 }
 

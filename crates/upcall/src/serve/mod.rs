@@ -13,6 +13,7 @@ mod offer;
 mod plan;
 mod sockets;
 mod spec;
+mod stale;
 mod stats;
 mod supervisor;
 mod value;
@@ -53,6 +54,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         let (orders, supervisor) = handover::take()?;
         return serve(args, &shutdown, &hangup, Some((orders, supervisor)));
     }
+    stale::clear(&runtime_folder(), &log::sink(args.log_level));
     if args.restart {
         return supervise(args, &shutdown, &hangup);
     }
