@@ -191,21 +191,26 @@ impl Engine {
 
     /// The flight has ended: its memory goes back, and who waits for it is told.
     pub(super) fn finish(&mut self, number: u32, status: Status) {
-        let Some(mut flight) = self.flights.remove(number) else { return };
-        let arena = self.arena_of(flight.origin);
+        let Some(flight) = self.flights.get_mut(number) else { return };
         debug_assert!(flight.visit.is_none(), "a flight ends when nobody has it");
+        // It is dropped where it is: moving it costs as much as all that is done here.
+        let (origin, op, range, arrived_ns) =
+            (flight.origin, flight.op, flight.range, flight.arrived_ns);
         self.images.drop(std::mem::take(&mut flight.image));
+        let arena = self.arena_of(origin);
+        let Some(flight) = self.flights.get_mut(number) else { return };
         let slice = flight.slice.take();
         let made_room = slice.is_some();
         if let Some(slice) = slice {
             let memory = &mut self.parts.arenas[arena];
             let is_filled = status.is_ok() || is_planted("failed-read-copied");
-            if flight.op == Op::Read && is_filled {
-                memory.buffers(&slice, flight.range.length()).copy_to(&flight.data);
+            if op == Op::Read && is_filled {
+                memory.buffers(&slice, range.length()).copy_to(&flight.data);
             }
             memory.free(slice);
         }
-        self.end(flight.origin, flight.op, flight.range, flight.arrived_ns, status);
+        self.flights.discard(number);
+        self.end(origin, op, range, arrived_ns, status);
         if made_room {
             self.retry_waiting(arena);
         }

@@ -35,6 +35,16 @@ impl<T> Slab<T> {
         value
     }
 
+    /// Drops a value where it is; its number may be given again from now on.
+    pub(crate) fn discard(&mut self, number: u32) {
+        if let Some(place) = self.places.get_mut(number as usize)
+            && place.is_some()
+        {
+            *place = None;
+            self.free.push(number);
+        }
+    }
+
     pub(crate) fn get(&self, number: u32) -> Option<&T> {
         self.places.get(number as usize)?.as_ref()
     }
@@ -75,6 +85,10 @@ mod tests {
         assert_eq!(slab.remove(a), Some('a'));
         assert_eq!(slab.remove(a), None, "taken out once");
         assert_eq!(slab.insert('c'), a);
+        slab.discard(b);
+        slab.discard(b);
+        assert_eq!((slab.get(b), slab.len()), (None, 1), "taken out once");
+        assert_eq!(slab.insert('b'), b);
         assert_eq!((slab.get(a), slab.get(b), slab.len()), (Some(&'c'), Some(&'b'), 2));
         assert_eq!(slab.iter().count(), 2);
         assert!(slab.get_mut(7).is_none());
