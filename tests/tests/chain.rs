@@ -2,10 +2,12 @@
 //! worker are killed: no wrong byte, no error for the guest, and the chain is the old or the new one.
 //!
 //! How many changes: UPCALL_CHAIN_CHANGES (16). The counts are printed as a line for the ledger.
+//! UPCALL_SEED replays what is tried; when a kill strikes is again for the clock to say.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -122,6 +124,11 @@ impl Rig {
         }
     }
 
+    /// How many changes workers were asked for so far.
+    fn asked(&self) -> usize {
+        self.server.stderr().matches("asks for a chain change").count()
+    }
+
     /// The names of each disk's slots, once a worker answers.
     fn shown(&self) -> [Vec<String>; 2] {
         let control = self.scratch.text("control");
@@ -144,46 +151,70 @@ fn names(list: &Value, key: &str) -> Vec<String> {
     list.as_array().unwrap().iter().map(name).collect()
 }
 
-/// Edits of one disk whose chain is `chain`, at random; and whether they must come to nothing.
-fn edits(rig: &Rig, rng: &mut Rng, chain: &[String]) -> (Vec<Value>, bool) {
+/// What may become of a chain. A campaign of some length must have seen all of it.
+const KINDS: [&str; 8] = [
+    "attach",
+    "detach",
+    "replace",
+    "reorder",
+    "parameters",
+    "terms",
+    "attach a bad one",
+    "replace by a bad one",
+];
+
+/// An edit of a disk whose chain is `chain`, at random; which kind, and whether it must come to
+/// nothing.
+fn edit(rig: &Rig, rng: &mut Rng, chain: &[String]) -> (&'static str, Value, bool) {
     let bad = |how: &str| json!([{"name": "bad", "value": how}]);
+    let params = |iops: u64| json!([{"name": "iops", "value": iops.to_string()}]);
     let others: Vec<&String> = chain.iter().filter(|name| !name.starts_with("changer")).collect();
-    let pick = |rng: &mut Rng| others[rng.below(others.len() as u64) as usize].clone();
+    let throttle = others.iter().find(|name| name.starts_with("throttle"));
     let version = rng.below(2) as usize;
-    match rng.below(10) {
-        0 | 1 if chain.len() < 6 => {
-            (vec![json!({"edit": "attach", "file": rig.watcher[version]})], false)
+    let has_room = chain.len() < 6;
+    let (kind, way) = (rng.below(12), rng.below(64) as usize);
+    match kind {
+        0 if has_room => ("attach", json!({"edit": "attach", "file": rig.watcher[version]}), false),
+        1 if has_room => {
+            ("attach", json!({"edit": "attach", "file": c_filter("trace", 64)}), false)
         }
-        2 if chain.len() < 6 => {
-            (vec![json!({"edit": "attach", "file": c_filter("trace", 64)})], false)
+        2 | 3 if has_room && throttle.is_none() => {
+            let (file, params) = (rust_filter("throttle"), params(1_000_000));
+            ("attach", json!({"edit": "attach", "file": file, "params": params}), false)
         }
-        3 if chain.len() < 6 => {
-            let params = json!([{"name": "iops", "value": "1000000"}]);
-            let file = rust_filter("throttle");
-            (vec![json!({"edit": "attach", "file": file, "params": params})], false)
+        3 | 4 if throttle.is_some() => {
+            let (slot, params) = (throttle, params(1_000_000 + way as u64));
+            ("parameters", json!({"edit": "replace", "slot": slot, "params": params}), false)
         }
-        4 if !others.is_empty() => (vec![json!({"edit": "detach", "slot": pick(rng)})], false),
-        5 if !others.is_empty() => {
-            let order = rng.below(20) as i32 - 10;
-            (vec![json!({"edit": "set", "slot": pick(rng), "order": order})], false)
+        5 | 6 if !others.is_empty() => {
+            ("detach", json!({"edit": "detach", "slot": others[way % others.len()]}), false)
         }
-        6 => {
+        7 if !others.is_empty() => {
+            let (slot, order) = (others[way % others.len()], way as i32 % 20 - 10);
+            ("reorder", json!({"edit": "set", "slot": slot, "order": order}), false)
+        }
+        8 => {
+            let (slot, deadline_ms) = (&chain[way % chain.len()], 5000 + way);
+            ("terms", json!({"edit": "set", "slot": slot, "deadline_ms": deadline_ms}), false)
+        }
+        9 => {
             let ways = ["die", "die-later", "fail", "nonsense", "hang", "refuse-open", "die-open"];
-            let how = ways[rng.below(ways.len() as u64) as usize];
-            let (file, params) = (&rig.watcher[version], bad(how));
+            let (file, params) = (&rig.watcher[version], bad(ways[way % ways.len()]));
             let edit =
                 json!({"edit": "attach", "file": file, "params": params, "deadline_ms": 200});
-            (vec![edit], true)
+            ("attach a bad one", edit, true)
         }
-        7 => {
+        10 => {
             let ways = ["die", "die-later", "die-done", "fail", "refuse-open", "refuse-state"];
-            let how = ways[rng.below(ways.len() as u64) as usize];
-            (vec![json!({"edit": "replace", "slot": "changer", "params": bad(how)})], true)
+            let how = ways[way % ways.len()];
+            let edit = json!({"edit": "replace", "slot": "changer", "params": bad(how)});
+            // One that is dead by then leaves no state that could be refused.
+            ("replace by a bad one", edit, how != "refuse-state")
         }
-        _ => (
-            vec![json!({"edit": "replace", "slot": "changer", "file": rig.changer[version]})],
-            false,
-        ),
+        _ => {
+            let edit = json!({"edit": "replace", "slot": "changer", "file": rig.changer[version]});
+            ("replace", edit, false)
+        }
     }
 }
 
@@ -193,30 +224,32 @@ struct Tally {
     refused: u64,
     taken_back: u64,
     lost: u64,
+    /// Killed while a change was under way; and those that it was over before.
     workers: u64,
     hosts: u64,
+    late: u64,
+    kinds: BTreeMap<&'static str, u64>,
+    /// Of both disks at once.
+    of_both: u64,
     pauses_us: Vec<u64>,
 }
 
-/// What the thread that changes and the one that loads tell each other.
-#[derive(Default)]
-struct Between {
-    deaths: AtomicU64,
-    seen: AtomicU64,
-    is_over: AtomicBool,
-}
-
-/// One change, with a kill in the midst of every third.
-fn step(rig: &Rig, rng: &mut Rng, number: u64, between: &Between, tally: &mut Tally) {
+/// One change, with a kill in the midst of most.
+fn step(rig: &Rig, seed: u64, number: u64, tally: &mut Tally) {
+    // Of its own, so that how the changes before it ended does not move its dice.
+    let mut rng = Rng::new(seed ^ (number + 1).wrapping_mul(0x9e37_79b9));
+    let rng = &mut rng;
     let before = rig.shown();
     let (mut disks, mut is_vain) = (Vec::new(), false);
     let both = rng.below(3) == 0;
     let first = rng.below(2) as usize;
+    tally.of_both += u64::from(both);
     for disk in 0..2 {
         if both || disk == first {
-            let (edits, vain) = edits(rig, rng, &before[disk]);
+            let (kind, edit, vain) = edit(rig, rng, &before[disk]);
+            *tally.kinds.entry(kind).or_default() += 1;
             is_vain |= vain;
-            disks.push(json!({"disk": DISKS[disk], "edits": edits}));
+            disks.push(json!({"disk": DISKS[disk], "edits": [edit]}));
         }
     }
     let change = json!({"disks": disks, "trial_ms": 1000, "trial_requests": 200, "drain_ms": 5000});
@@ -233,19 +266,31 @@ fn step(rig: &Rig, rng: &mut Rng, number: u64, between: &Between, tally: &mut Ta
         Answer::Problem(kind, what) => panic!("{kind}: {what}: {change}"),
         Answer::Lost => panic!("nobody answered: {}", rig.server.stderr()),
     }
+    let begun = rig.asked();
+    let (is_kill, is_host, which) = (rng.below(5) > 0, rng.below(2) == 0, rng.next());
+    // Most of a change is over soon; a trial lasts.
+    let pause_us = [1_000, 4_000, 15_000, 60_000][rng.below(4) as usize];
+    let pause = Duration::from_micros(rng.below(pause_us));
     let answer = std::thread::scope(|scope| {
         let asked = scope.spawn(|| rig.chain(&[], &change));
-        if number.is_multiple_of(3) {
-            std::thread::sleep(Duration::from_micros(rng.below(40_000)));
-            let hosts = rig.hosts();
-            if rng.below(2) == 0 && !hosts.is_empty() {
-                let host = hosts[rng.below(hosts.len() as u64) as usize];
-                tally.hosts += u64::from(kill_process(host, Signal::KILL).is_ok());
-            } else if let Some(worker) = rig.worker() {
-                let killed = kill_process(worker, Signal::KILL).is_ok();
-                tally.workers += u64::from(killed);
-                between.deaths.fetch_add(u64::from(killed), Ordering::SeqCst);
+        if is_kill {
+            while rig.asked() == begun && !asked.is_finished() {
+                std::thread::sleep(Duration::from_micros(200));
             }
+            std::thread::sleep(pause);
+            let hosts = if is_host { rig.hosts() } else { Vec::new() };
+            let victim = match hosts.len() as u64 {
+                0 => rig.worker(),
+                count => Some(hosts[(which % count) as usize]),
+            };
+            let in_time = !asked.is_finished();
+            let is_killed = victim.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok());
+            let count = match (in_time, hosts.is_empty()) {
+                (false, _) => &mut tally.late,
+                (true, true) => &mut tally.workers,
+                (true, false) => &mut tally.hosts,
+            };
+            *count += u64::from(is_killed);
         }
         asked.join().unwrap()
     });
@@ -279,37 +324,28 @@ fn undo(image: &Path, plain: &Path) -> PathBuf {
     plain.to_owned()
 }
 
-#[test]
-fn chains_change_under_load_and_under_kills_and_nobody_sees_more_than_a_pause() {
-    let changes = std::env::var("UPCALL_CHAIN_CHANGES").map_or(16, |text| text.parse().unwrap());
-    let (seed, begun) = (Rng::seed(), Instant::now());
-    let rig = Rig::new();
-    let mut guests = DISKS.map(|disk| rig.client(disk, seed));
-    let between = Between::default();
-    let tally = std::thread::scope(|scope| {
-        let changing = scope.spawn(|| {
-            struct Over<'a>(&'a AtomicBool);
-            impl Drop for Over<'_> {
-                fn drop(&mut self) {
-                    self.0.store(true, Ordering::SeqCst);
-                }
-            }
-            let _over = Over(&between.is_over);
-            let (mut tally, mut rng) = (Tally::default(), Rng::new(seed ^ 2));
-            for number in 0..changes {
-                step(&rig, &mut rng, number, &between, &mut tally);
-            }
-            tally
+/// Loads both disks for as long as `work` takes, reconnecting as QEMU does.
+fn under_load<T: Send>(
+    rig: &Rig,
+    guests: &mut [(RawClient, Load); 2],
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let working = scope.spawn(|| {
+            let _over = Over(&is_over);
+            work()
         });
-        while !between.is_over.load(Ordering::SeqCst) {
-            let deaths = between.deaths.load(Ordering::SeqCst);
-            if between.seen.swap(deaths, Ordering::SeqCst) < deaths {
-                for ((client, _), disk) in guests.iter_mut().zip(DISKS) {
-                    client.reconnect(&rig.scratch.join(&format!("{disk}.sock")));
-                }
-            }
+        while !is_over.load(Ordering::SeqCst) {
             let mut ended = 0;
-            for (client, load) in &mut guests {
+            for ((client, load), disk) in guests.iter_mut().zip(DISKS) {
+                client.reconnect_if_cut(&rig.scratch.join(&format!("{disk}.sock")));
                 load.submit(client, &LoadMix { discards: 0, ..LoadMix::default() });
                 ended += load.reap(client);
             }
@@ -317,15 +353,28 @@ fn chains_change_under_load_and_under_kills_and_nobody_sees_more_than_a_pause() 
                 guests[0].0.wait(0, Duration::from_micros(300));
             }
         }
-        changing.join().unwrap_or_else(|_| panic!("{}", rig.server.stderr()))
+        working.join().unwrap_or_else(|_| panic!("{}", rig.server.stderr()))
+    })
+}
+
+#[test]
+fn chains_change_under_load_and_under_kills_and_nobody_sees_more_than_a_pause() {
+    let changes = std::env::var("UPCALL_CHAIN_CHANGES").map_or(16, |text| text.parse().unwrap());
+    let (seed, begun) = (Rng::seed(), Instant::now());
+    let rig = Rig::new();
+    let mut guests = DISKS.map(|disk| rig.client(disk, seed));
+    let tally = under_load(&rig, &mut guests, || {
+        let mut tally = Tally::default();
+        for number in 0..changes {
+            step(&rig, seed, number, &mut tally);
+        }
+        tally
     });
     let (mut requests, mut sectors) = (0, 0);
     for ((client, load), disk) in guests.iter_mut().zip(DISKS) {
         let deadline = Instant::now() + PATIENCE;
-        if between.seen.load(Ordering::SeqCst) < between.deaths.load(Ordering::SeqCst) {
-            client.reconnect(&rig.scratch.join(&format!("{disk}.sock")));
-        }
         while load.in_flight() > 0 {
+            client.reconnect_if_cut(&rig.scratch.join(&format!("{disk}.sock")));
             load.reap(client);
             client.wait(0, Duration::from_millis(1));
             assert!(Instant::now() < deadline, "they never end: {:?}", load.stuck());
@@ -343,18 +392,88 @@ fn chains_change_under_load_and_under_kills_and_nobody_sees_more_than_a_pause() 
     server.stop();
     first.check_image(&undo(&scratch.join("a.img"), &scratch.join("a.plain")));
     second.check_image(&undo(&scratch.join("b.img"), &scratch.join("b.plain")));
-    let Tally { made, refused, taken_back, lost, workers, hosts, mut pauses_us } = tally;
+    let Tally { made, refused, taken_back, lost, workers, hosts, late, kinds, of_both, .. } = tally;
+    let mut pauses_us = tally.pauses_us;
     pauses_us.sort_unstable();
-    assert!(made > 0 && taken_back > 0, "{made} made, {taken_back} taken back");
-    println!(
-        "ledger: {{\"kind\":\"chain-change\",\"count\":{changes},\"faults\":{},\"made\":{made},\
-         \"taken_back\":{taken_back},\"refused\":{refused},\"lost\":{lost},\"workers_killed\":\
-         {workers},\"hosts_killed\":{hosts},\"pause_us_median\":{},\"requests\":{requests},\
-         \"sectors_checked\":{sectors},\"seed\":{seed},\"seconds\":{},\"result\":\"ok\"}}",
-        workers + hosts + taken_back,
-        pauses_us[pauses_us.len() / 2],
-        begun.elapsed().as_secs(),
-    );
+    assert!(made > 0, "{kinds:?}");
+    if changes >= 100 {
+        let unseen: Vec<_> = KINDS.iter().filter(|kind| !kinds.contains_key(*kind)).collect();
+        assert!(unseen.is_empty(), "never tried, UPCALL_SEED={seed}: {unseen:?}");
+        assert!(taken_back > 0 && of_both > 0, "{taken_back} taken back, {of_both} of both disks");
+        let in_the_middle = workers + hosts;
+        assert!(in_the_middle * 3 >= changes, "{in_the_middle} kills in time, {late} too late");
+        assert!(workers * 8 >= changes && hosts * 8 >= changes, "{workers} workers, {hosts} hosts");
+    }
+    let line = json!({
+        "kind": "chain-change", "count": changes, "kinds": kinds, "of_both_disks": of_both,
+        "faults": workers + hosts + taken_back, "workers_killed_in_the_middle": workers,
+        "hosts_killed_in_the_middle": hosts, "killed_after_it": late, "made": made,
+        "taken_back": taken_back, "refused": refused, "lost": lost,
+        "pause_us_median": pauses_us[pauses_us.len() / 2], "requests": requests,
+        "sectors_checked": sectors, "seed": seed, "seconds": begun.elapsed().as_secs(),
+        "result": "ok",
+    });
+    println!("ledger: {line}");
+}
+
+#[test]
+fn a_filter_that_dies_while_its_disk_shall_stand_still_is_started_again() {
+    let rig = Rig::new();
+    // Of the disk's two queues one has no guest, and is still at once.
+    let options = RawOptions { queues: 1, slots: 16, ..RawOptions::default() };
+    let mut client = RawClient::connect(&rig.scratch.join("a.sock"), options).unwrap();
+    let mut load = Load::on(1, &mut client);
+    let before = rig.hosts();
+    let change = |edit: Value| {
+        let disk = json!({"disk": "a", "edits": [edit]});
+        rig.chain(&[], &json!({"disks": [disk], "trial_ms": 0, "drain_ms": 5000}))
+    };
+    let slow = json!([{"name": "bad", "value": "slow"}]);
+    let slow =
+        json!({"edit": "attach", "file": rig.watcher[0], "on_failure": "hold", "params": slow});
+    assert!(matches!(change(slow), Answer::Done(_)));
+    let slow = rig.hosts().into_iter().find(|host| !before.contains(host)).unwrap();
+    load.submit(&mut client, &LoadMix::default());
+    let begun = rig.asked();
+    let answer = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| change(json!({"edit": "attach", "file": rig.watcher[1]})));
+        while rig.asked() == begun {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        kill_process(slow, Signal::KILL).unwrap();
+        asked.join().unwrap()
+    });
+    let log = rig.server.stderr();
+    let Answer::Done(changed) = answer else { panic!("{log}") };
+    assert!(changed["pause_us"].as_u64().unwrap() < 3_000_000, "{log}");
+    assert!(log.contains("filter watcher serves again"), "it was not in the midst of it: {log}");
+    while load.in_flight() > 0 {
+        load.reap(&mut client);
+        client.wait(0, Duration::from_millis(1));
+    }
+    drop(client);
+    rig.server.stop();
+}
+
+#[test]
+fn what_a_filter_on_trial_fails_on_several_queues_at_once_shows_nobody_an_error() {
+    let rig = Rig::new();
+    let mut guests = DISKS.map(|disk| rig.client(disk, 3));
+    under_load(&rig, &mut guests, || {
+        for round in 0..20 {
+            let how = ["fail", "nonsense"][round % 2];
+            let bad = json!([{"name": "bad", "value": how}]);
+            let edit = json!({"edit": "attach", "file": rig.watcher[0], "params": bad});
+            let disks = DISKS.map(|disk| json!({"disk": disk, "edits": [edit]}));
+            match rig.chain(&[], &json!({"disks": disks})) {
+                Answer::Problem(kind, _) => assert_eq!(kind, "trial-failed"),
+                _ => panic!("it is in the chain: {}", rig.server.stderr()),
+            }
+        }
+    });
+    drop(guests);
+    rig.server.stop();
 }
 
 #[test]

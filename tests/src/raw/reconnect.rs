@@ -45,6 +45,16 @@ impl RawClient {
         }
     }
 
+    /// As [`reconnect`](Self::reconnect), if the server has gone, as QEMU does; true if it had.
+    #[track_caller]
+    pub fn reconnect_if_cut(&mut self, path: &Path) -> bool {
+        let is_cut = self.connection.is_cut();
+        if is_cut {
+            self.reconnect(path);
+        }
+        is_cut
+    }
+
     fn try_reconnect(&mut self, path: &Path) -> io::Result<()> {
         // Queues start only once the old connection is gone.
         self.connection = Connection::open(path)?;

@@ -19,13 +19,17 @@ use super::slots::{ChainSlot, Source};
 use super::{Core, DiskChain};
 use crate::config::{LogLevel, SlotConfig};
 use crate::engine::{Command, MakeUp, NextSlot, deadline_ns};
-use crate::hosts::HostId;
+use crate::hosts::{EngineHandle, HostId};
 
 /// How long a filter may take to acknowledge an event, and to open and close, while a disk
 /// stands still.
 const ACKNOWLEDGE: Duration = Duration::from_millis(1000);
 /// What a filter host may take otherwise.
 const USUAL: Duration = Duration::from_secs(10);
+/// After how long threads that are still hear what they have put off, if others are not still.
+const CATCH_UP: Duration = Duration::from_millis(20);
+/// How often it is tried to put chains back as they were.
+const TAKE_BACK_TRIES: u32 = 3;
 /// How often a trial's requests are counted.
 const TRIAL_LOOK: Duration = Duration::from_millis(5);
 
@@ -74,7 +78,13 @@ pub(super) fn change(
         end_trials(core, &done);
         return Ok(done.changed);
     }
-    let back = take_back(core, &done, left, change.drain_ms);
+    let mut back = take_back(core, &done, &left, change.drain_ms);
+    // What failed may have been another process that died, and the guest waits.
+    for _ in 1..TAKE_BACK_TRIES {
+        if back.is_err() {
+            back = take_back(core, &done, &left, change.drain_ms);
+        }
+    }
     show(core);
     end_trials(core, &done);
     let (host, why) = match (failed, unwritten) {
@@ -239,7 +249,7 @@ fn end_trials(core: &Core, done: &Done) {
 fn take_back(
     core: &mut Core,
     done: &Done,
-    mut left: Vec<Left>,
+    left: &[Left],
     drain_ms: u64,
 ) -> Result<(), ChangeError> {
     let reserved = Reserved::of(core);
@@ -250,13 +260,13 @@ fn take_back(
             let disk = &core.disks[*number];
             let name = config.name.as_deref().unwrap_or_default();
             let place = disk.slots.iter().position(|slot| slot.name == name);
-            let gone = left.iter().position(|left| left.disk == *number && left.slot.name == name);
+            let gone = left.iter().find(|left| left.disk == *number && left.slot.name == name);
             wanted.push(match (place, gone) {
-                (replaces, Some(gone)) => {
-                    let Left { slot, state, .. } = left.remove(gone);
-                    let file = plan::again(&slot, disk)?;
-                    let source = Source::Slot { file, sidecar: slot.sidecar, gaps: slot.gaps };
-                    Wanted::New { config: config.clone(), source, replaces, state }
+                (replaces, Some(Left { slot, state, .. })) => {
+                    let file = plan::again(slot, disk)?;
+                    let (sidecar, gaps) = (slot.sidecar.clone(), slot.gaps.clone());
+                    let source = Source::Slot { file, sidecar, gaps };
+                    Wanted::New { config: config.clone(), source, replaces, state: state.clone() }
                 }
                 (Some(place), None) => Wanted::Stays { place, config: config.clone() },
                 (None, None) => unreachable!("a slot stays, or has left"),
@@ -391,26 +401,41 @@ impl Course<'_> {
     fn stun(&mut self) -> Result<(), String> {
         self.since = Some(Instant::now());
         let until = Instant::now() + Duration::from_millis(self.drain_ms);
-        let mut waiting = Vec::new();
-        for plan in &self.plans {
-            let disk = &self.core.disks[plan.disk];
-            for engine in &disk.engines {
-                let (reply, still) = sync_channel(1);
-                engine.send(Command::Stun { may_stay: plan.may_stay.clone(), reply });
-                waiting.push((disk.name.clone(), still));
+        let disks = self.plans.iter().map(|plan| (plan, &self.core.disks[plan.disk]));
+        let mut threads: Vec<_> = disks
+            .flat_map(|(plan, disk)| disk.engines.iter().map(move |engine| (plan, disk, engine)))
+            .map(|(plan, disk, engine)| (plan, disk, engine, Some(begin_stun(plan, engine))))
+            .collect();
+        let mut patience = CATCH_UP;
+        loop {
+            let next = until.min(Instant::now() + patience);
+            for (.., still) in &mut threads {
+                let left = next.saturating_duration_since(Instant::now());
+                if still.as_ref().is_some_and(|still| still.recv_timeout(left).is_ok()) {
+                    *still = None;
+                }
             }
-        }
-        for (disk, still) in waiting {
-            let left = until.saturating_duration_since(Instant::now());
-            still.recv_timeout(left).map_err(|_| {
-                format!(
-                    "disk {disk}: what was in flight did not end within {} ms; see where it \
+            let Some((_, disk, ..)) = threads.iter().find(|(.., still)| still.is_some()) else {
+                return Ok(());
+            };
+            if Instant::now() >= until {
+                return Err(format!(
+                    "disk {}: what was in flight did not end within {} ms; see where it \
                      waits (upcall show), and allow more time, or mend that first",
-                    self.drain_ms
-                )
-            })?;
+                    disk.name, self.drain_ms
+                ));
+            }
+            // A filter may have died meanwhile. It is started again only when all threads know,
+            // and those that are still know nothing: requests on others would wait in vain.
+            for (plan, _, engine, still) in &mut threads {
+                if still.is_none() {
+                    engine.send(Command::Unstun);
+                    *still = Some(begin_stun(plan, engine));
+                }
+            }
+            // Ever longer, so that slow disks, too, are still at one time.
+            patience *= 2;
         }
-        Ok(())
     }
 
     /// Tells the filters that were told of the stun and are still there, and lets all go on.
@@ -793,6 +818,13 @@ impl Course<'_> {
             ),
         }
     }
+}
+
+/// Asks a queue thread to be still; hears when it is.
+fn begin_stun(plan: &DiskPlan, engine: &EngineHandle) -> Receiver<()> {
+    let (reply, still) = sync_channel(1);
+    engine.send(Command::Stun { may_stay: plan.may_stay.clone(), reply });
+    still
 }
 
 fn config_of(slot: &Planned) -> SlotConfig {

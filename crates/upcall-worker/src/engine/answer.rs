@@ -65,6 +65,9 @@ impl Engine {
         };
         visit.held_cookie = Some(cookie);
         let slot = visit.slot;
+        if self.fails_trial(link, delivery.request, Verdict::Hold) {
+            return None;
+        }
         self.judge(link, delivery.request, slot, Verdict::Hold)
     }
 
@@ -87,8 +90,7 @@ impl Engine {
         // A hold has an entry of its own kind, and a context.
         let verdict = if verdict == Verdict::Hold { Verdict::Nonsense } else { verdict };
         let number = delivery.request;
-        if self.ends_trial(link, number, verdict) {
-            self.give_up(link, "it failed a request while it was on trial", false);
+        if self.fails_trial(link, number, verdict) {
             return None;
         }
         let failed = matches!(verdict, Verdict::Fail(_) | Verdict::Nonsense);
@@ -101,16 +103,21 @@ impl Engine {
         self.judge(link, number, visit.slot, verdict)
     }
 
-    /// Whether a filter on trial says what would show the guest an error.
-    fn ends_trial(&self, link: usize, number: u32, verdict: Verdict) -> bool {
+    /// Whether a filter on trial says what would show the guest an error. Then its host is given
+    /// up, and the request waits for who takes its place. What it says counts as little while it is
+    /// to be killed, and what it said before its death, of which this thread may hear late.
+    fn fails_trial(&mut self, link: usize, number: u32, verdict: Verdict) -> bool {
         let Some(flight) = self.flights.get(number) else { return false };
         let Some(visit) = flight.visit else { return false };
         let chain = &self.parts.lanes[flight.lane].chain;
-        self.slot(visit.slot).is_on_trial
-            && self.parts.links[link].is_up()
+        let fails = self.slot(visit.slot).is_on_trial
             && !flight.flight.is_cancelled()
             && (matches!(verdict, Verdict::Fail(_))
-                || flight.flight.violation_of(chain, visit.slot, verdict).is_some())
+                || flight.flight.violation_of(chain, visit.slot, verdict).is_some());
+        if fails && self.parts.links[link].is_up() {
+            self.give_up(link, "it failed a request while it was on trial", false);
+        }
+        fails
     }
 
     /// Tells a flight what its filter said.

@@ -99,6 +99,8 @@ static uint32_t start_io(void *self, struct upcall_request *req) {
         kill(getpid(), SIGKILL);
     if (is(c, "hang"))
         hang();
+    if (is(c, "slow") && seen == 1)
+        usleep(300 * 1000);
     if (is(c, "fail")) {
         req->status = -EIO;
         return UPCALL_FAIL;
