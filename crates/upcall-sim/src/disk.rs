@@ -459,6 +459,21 @@ impl Disk {
         self.suspects.clear();
     }
 
+    /// The worker has ended in good order, and given the disk up: what the guest was told is
+    /// durable, as after a flush. `id`: a request's that is nobody's.
+    pub fn hand_over(&mut self, now_ns: u64, id: u64) {
+        if self.failing_filters > 0 {
+            self.excuse(now_ns, Excuse::Filter);
+        }
+        self.failing_filters = 0;
+        self.history.begin_flush(id);
+        let synced = self.medium.hand_over();
+        self.history.end_flush(id, synced);
+        if let Some(second) = &self.second {
+            second.hand_over();
+        }
+    }
+
     /// The power is cut: worker and guest are gone, and what was not flushed may be.
     pub fn cut_power(&mut self) {
         self.medium.cut_power();

@@ -152,6 +152,10 @@ pub struct Ring {
     last_taken: u64,
     /// Requests that any worker was.
     handed: BTreeSet<u64>,
+    /// Those that workers of hosts were which the guest has left: no other worker may.
+    elsewhere: BTreeSet<u64>,
+    /// Where it goes on, if it was said elsewhere.
+    place: Option<u16>,
 }
 
 const DATA: usize = SECTORS_MAX * SECTOR;
@@ -179,6 +183,8 @@ impl Ring {
             capacity,
             last_taken: 0,
             handed: BTreeSet::new(),
+            elsewhere: BTreeSet::new(),
+            place: None,
         }
     }
 
@@ -192,6 +198,7 @@ impl Ring {
     pub fn check_taken(&mut self, taken: &Taken) {
         let same = |request: &&Request| {
             request.id > self.last_taken
+                && !self.elsewhere.contains(&request.id)
                 && request.kind.op() == Some(taken.op)
                 && request.sectors == taken.sectors
         };
@@ -359,6 +366,7 @@ impl Ring {
             self.poison(at);
         }
         self.inflight = InflightFile::new(self.shape.size, self.shape.packed);
+        self.place = None;
         match &mut self.layout {
             Layout::Split(driver) => driver.reset(),
             layout => *layout = Layout::new(&self.memory, self.shape),
@@ -366,13 +374,40 @@ impl Ring {
         forgotten
     }
 
-    /// The device's end of the ring, for a worker that finds what the last one left.
-    pub fn open(&self, device: &mut Device) -> VirtQueue {
-        device.track(&self.inflight);
+    /// The guest is on another host from now on, whose memory this is; its ring stood at `place`
+    /// when it left, and nothing was in flight.
+    pub fn move_to(&mut self, memory: &Arc<Memory>, place: u16) {
+        self.memory = memory.clone();
+        self.layout.driver().move_to(memory);
+        self.inflight = InflightFile::new(self.shape.size, self.shape.packed);
+        self.elsewhere.append(&mut self.handed);
+        self.place = Some(place);
+    }
+
+    /// Where the device says what is used, guest-physical.
+    pub fn used(&self) -> u64 {
         match &self.layout {
-            Layout::Split(driver) => driver.queue(device),
-            Layout::Packed(driver) => GuestDriver::queue(driver, device),
+            Layout::Split(driver) => driver.used(),
+            Layout::Packed(driver) => driver.used(),
         }
+    }
+
+    /// The device's end of the ring, for a worker that finds what the last one left.
+    pub fn open(&mut self, device: &mut Device) -> VirtQueue {
+        device.track(&self.inflight);
+        let queue = match (&self.layout, self.place) {
+            (Layout::Split(driver), Some(place)) => device.try_queue_at(driver, place, true),
+            (Layout::Split(driver), None) => device.try_queue(driver, true),
+            // What is in flight says it better, if anything was.
+            (Layout::Packed(driver), place) => {
+                device.try_packed_queue(driver, place.unwrap_or(0x8000), true)
+            }
+        };
+        if !self.shape.packed {
+            // Whoever comes after this worker looks at the ring.
+            self.place = None;
+        }
+        queue.expect("a ring in memory")
     }
 }
 
@@ -382,6 +417,13 @@ impl Layout {
         match packed {
             true => Layout::Packed(PackedDriver::new(memory.clone(), size, event_idx)),
             false => Layout::Split(Driver::new(memory.clone(), size, event_idx, base)),
+        }
+    }
+
+    fn driver(&mut self) -> &mut dyn GuestDriver {
+        match self {
+            Layout::Split(driver) => driver,
+            Layout::Packed(driver) => driver,
         }
     }
 

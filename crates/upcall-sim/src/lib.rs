@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `plan` | what a seed makes: disks, chains, load, faults |
 //! | `simulation` | the scheduler: who has a turn, when faults begin, how a world ends |
+//! | `simulation::migration` | the guest moves to another host, whose memory is compared |
 //! | `guest` | drivers that fill rings, and look at what comes back |
 //! | `spy` | what a ring hands out, noted |
 //! | `filters` | filter hosts, played, with the points at which they die |

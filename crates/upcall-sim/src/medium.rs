@@ -201,6 +201,23 @@ impl Medium {
         failed
     }
 
+    /// The worker gives it up in good order: nothing is in flight, and what is written becomes
+    /// durable, unless that fails now, or a flush has before; whether it did. That it has failed
+    /// is told to whoever takes it up.
+    pub fn hand_over(&self) -> bool {
+        let mut state = self.lock();
+        assert!(state.pending.is_empty(), "a worker ended with requests in a medium");
+        let chance = state.weather.flush_errors;
+        if !state.failed && state.random.per_mille(chance) {
+            state.lose_flush();
+        }
+        if !state.failed {
+            let version = state.version;
+            state.flush(version);
+        }
+        !state.failed
+    }
+
     /// The power goes: only what is durable is certain.
     pub fn cut_power(&self) {
         self.lock().cut_power();

@@ -38,6 +38,8 @@ pub struct Faults {
     pub power_cut: u64,
     /// At a store to shared memory, or between two turns.
     pub worker_death: u64,
+    /// The guest begins to move to another host.
+    pub migration: u64,
 }
 
 /// See the module.
@@ -102,6 +104,13 @@ impl Plan {
             entries: random.pick(&[4, 16, 64]),
             pages: random.pick(&[8, 16, 100]),
             faults,
+        }
+    }
+
+    /// Whether and how often the guest moves.
+    pub fn draw_migrations(&mut self, random: &mut Random) {
+        if random.one_in(3) {
+            self.faults.migration = random.range(200, 3000);
         }
     }
 

@@ -16,7 +16,9 @@ impl Plant {
     /// All that a world can show. A guest that makes a descriptor available twice is not in
     /// these worlds.
     pub fn all() -> Vec<Plant> {
-        let vhost = plant::Bug::ALL.into_iter().filter(|bug| *bug != plant::Bug::DuplicateHead);
+        let in_flight = plant::Bug::ALL.into_iter();
+        let in_flight = in_flight.filter(|bug| *bug != plant::Bug::DuplicateHead);
+        let vhost = in_flight.chain(plant::Bug::UNLOGGED).chain(plant::Bug::MOVED);
         vhost.map(Plant::Vhost).collect()
     }
 

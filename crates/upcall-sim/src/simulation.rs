@@ -7,6 +7,8 @@
 //! Always true: nothing here decides what the product decides; the queue, the engine, the
 //! flights, the rings and the arenas are those of production.
 
+mod migration;
+
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use crate::plan::Plan;
 use crate::random::Random;
 use crate::spy::{Notes, Spy};
 use crate::trace::Trace;
+use migration::Migration;
 
 /// Bytes of the guest's memory.
 const MEMORY: usize = 8 << 20;
@@ -57,6 +60,8 @@ enum After {
     Resume,
     /// The guest resets it, and does not look at what came back.
     Reset,
+    /// The guest moves: nothing, once it is said where the ring stands.
+    Move,
 }
 
 /// One world. See the module.
@@ -75,6 +80,10 @@ pub struct Simulation {
     calm: bool,
     /// The worker dies after so many stores to memory that outlives it.
     death_in: Option<u64>,
+    /// The guest is on its way to another host.
+    migration: Option<Migration>,
+    /// What a migration draws from: worlds without one are as if there were none.
+    moves: Random,
     pub coverage: Coverage,
     pub trace: Trace,
 }
@@ -85,6 +94,8 @@ impl Simulation {
         let mut random = Random::new(seed);
         let mut plan = Plan::new(&mut random);
         canary.iter().for_each(|canary| plan.suit(*canary));
+        let mut moves = Random::new(!seed);
+        plan.draw_migrations(&mut moves);
         let memory = Arc::new(Memory::new(MEMORY));
         let mut disks = Vec::new();
         let shared_key = random.number() | 1;
@@ -110,6 +121,8 @@ impl Simulation {
             completed: 0,
             calm: false,
             death_in: None,
+            migration: None,
+            moves,
             coverage: Coverage::default(),
             trace: Trace::default(),
         };
@@ -150,16 +163,18 @@ impl Simulation {
             for ring in 0..self.disks[at].rings.len() {
                 let mut world = self.engine(at);
                 world.pass(self.now_ns);
-                let mut device = self.disks[at].device(world.info.ops, &self.memory);
-                let queue = self.disks[at].rings[ring].open(&mut device);
-                self.disks[at].rings[ring].begin_life();
-                let notes = Notes::default();
-                serve(&mut world, Spy::new(queue, notes.clone()));
+                let device = self.disks[at].device(world.info.ops, &self.memory);
                 let engine = self.seats.len();
                 for (slot, host) in hosts.iter().enumerate() {
                     self.processes[*host].add_place(Place { engine, slot });
                 }
+                let notes = Notes::default();
                 self.seats.push(Seat { world, device, notes, disk: at, ring, stopping: None });
+                self.log_writes(engine);
+                let seat = &mut self.seats[engine];
+                let queue = self.disks[at].rings[ring].open(&mut seat.device);
+                self.disks[at].rings[ring].begin_life();
+                serve(&mut seat.world, Spy::new(queue, seat.notes.clone()));
             }
         }
     }
@@ -218,6 +233,9 @@ impl Simulation {
         for _ in 0..steps {
             self.step();
             self.begin_faults();
+            if self.migration.is_some() && self.moves.one_in(4) {
+                self.migrate();
+            }
             self.start_due();
         }
         self.calm_down();
@@ -284,7 +302,8 @@ impl Simulation {
         let at = self.random.below(self.seats.len());
         let (seat, random) = (&mut self.seats[at], &mut self.random);
         let disk = &mut self.disks[seat.disk];
-        if seat.stopping.is_some() || !disk.rings[seat.ring].has_room() {
+        let paused = self.migration.as_ref().is_some_and(Migration::is_paused);
+        if paused || seat.stopping.is_some() || !disk.rings[seat.ring].has_room() {
             return;
         }
         let kind = match random.below(40) {
@@ -332,6 +351,9 @@ impl Simulation {
 
     /// A turn of an engine; whether it did something. The worker may die within.
     fn turn(&mut self, at: usize) -> bool {
+        if self.seats[at].world.has_ended() {
+            return false;
+        }
         let before = crash::passed();
         let after = self.death_in.unwrap_or(u64::MAX);
         let turn = crash::catch(after, || {
@@ -379,6 +401,9 @@ impl Simulation {
 
     /// The guest looks at what came back; whether there was something.
     fn reap(&mut self, at: usize) -> bool {
+        if self.is_paused() {
+            return false;
+        }
         let Seat { disk, ring, .. } = self.seats[at];
         let all = self.disks[disk].rings[ring].reap();
         let busy = !all.is_empty();
@@ -512,6 +537,9 @@ impl Simulation {
         if happens(&mut self.random, faults.power_cut) {
             self.cut_power();
         }
+        if happens(&mut self.moves, faults.migration) {
+            self.begin_migration();
+        }
         if happens(&mut self.random, faults.failing_store) {
             let until_ns = self.now_ns + self.random.range(1, 20) * MS;
             let flush_errors = if self.random.one_in(4) { 300 } else { 0 };
@@ -539,8 +567,10 @@ impl Simulation {
         // The media first: a process is dead when its requests are over.
         let now_ns = self.now_ns;
         self.disks.iter_mut().for_each(|disk| disk.lose_worker(now_ns));
+        self.lose_source();
         self.seats.clear();
         self.start_worker();
+        self.go_on_logging();
         if !self.calm && self.random.one_in(4) {
             self.stop_ring(After::Resume);
         }
@@ -551,6 +581,7 @@ impl Simulation {
         self.note(format_args!("the power is cut"));
         self.coverage.count("fault: power cut");
         self.death_in = None;
+        self.forget_migration();
         self.seats.clear();
         for disk in &mut self.disks {
             disk.cut_power();
@@ -691,8 +722,9 @@ impl Simulation {
     /// A ring is stopped.
     fn stop_ring(&mut self, after: After) {
         let at = self.random.below(self.seats.len());
+        let paused = self.is_paused();
         let seat = &mut self.seats[at];
-        if seat.stopping.is_some() {
+        if paused || seat.stopping.is_some() {
             return;
         }
         let drain_ms = self.random.pick(&[0, 0, 5]);
@@ -714,14 +746,24 @@ impl Simulation {
         seat.stopping = None;
         let queue: Box<dyn Any> = queue.expect("the queue that it was given");
         let queue = queue.downcast::<Spy>().expect("a ring");
-        queue.finish();
+        let stopped = queue.finish();
+        if after == After::Move && stopped.left() == 0 {
+            return self.note_place(at, stopped.next_available());
+        }
+        if after == After::Move {
+            // Nobody but this host knows of it: it is done before it is said where the ring is.
+            self.coverage.count("migration: ring with something left");
+        }
         let disk = &mut self.disks[seat.disk];
         if after == After::Reset {
             for request in disk.rings[seat.ring].reset() {
                 disk.forget(&request);
             }
         }
-        let queue = disk.rings[seat.ring].open(&mut seat.device);
+        // A ring that begins anew may be elsewhere.
+        self.log_writes(at);
+        let seat = &mut self.seats[at];
+        let queue = self.disks[seat.disk].rings[seat.ring].open(&mut seat.device);
         seat.world.start(Box::new(Spy::new(queue, seat.notes.clone())));
         self.note(format_args!("the ring of engine {at} is started again"));
     }
@@ -748,7 +790,7 @@ impl Simulation {
     fn finish(&mut self) {
         let until_ns = self.now_ns + PATIENCE_NS;
         for _ in 0..TURNS_MAX {
-            let mut busy = self.start_due();
+            let mut busy = self.start_due() | self.migrate();
             for seat in 0..self.seats.len() {
                 busy |= self.turn(seat);
             }
@@ -771,7 +813,10 @@ impl Simulation {
                 Some(_) => {
                     panic!("not finished after {} s of virtual time", PATIENCE_NS / 1_000 / MS)
                 }
-                None => return,
+                None => {
+                    assert!(self.migration.is_none(), "a migration never ends");
+                    return;
+                }
             }
         }
         panic!("not finished after {TURNS_MAX} turns: it runs in circles");
@@ -781,7 +826,8 @@ impl Simulation {
     fn next_event_ns(&self) -> Option<u64> {
         let media = self.disks.iter().flat_map(|disk| [Some(&disk.medium), disk.second.as_ref()]);
         let media = media.flatten().filter_map(|medium| medium.next_due_ns());
-        let engines = self.seats.iter().filter_map(|seat| seat.world.wakes_in_ns());
+        let engines = self.seats.iter().filter(|seat| !seat.world.has_ended());
+        let engines = engines.filter_map(|seat| seat.world.wakes_in_ns());
         let engines = engines.map(|ns| self.now_ns + ns.max(1));
         let starts = (0..self.processes.len())
             .filter(|at| !self.processes[*at].up && self.is_quiet(*at))

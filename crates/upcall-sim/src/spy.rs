@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use upcall_block::{Op, QueueError, Request, RequestQueue, Status, Tag};
-use upcall_vhost::VirtQueue;
+use upcall_vhost::{Stopped, VirtQueue};
 
 use crate::medium::sectors;
 
@@ -35,8 +35,8 @@ impl Spy {
     }
 
     /// The ring is stopped; nothing is in flight.
-    pub fn finish(self) {
-        self.queue.finish();
+    pub fn finish(self) -> Stopped {
+        self.queue.finish()
     }
 }
 

@@ -60,15 +60,17 @@ fn bugs_planted_in_the_worker_are_seen() {
     let names = [
         "bypass-before-mark",
         "bypass-without-mark",
+        "end-in-flight",
         "error-into-success",
         "report-to-the-next",
         "retry-out-of-order",
         "retry-twice",
         "retry-without-image",
+        "stop-before-end",
     ];
     for name in names {
         let output = Command::new(env!("CARGO_BIN_EXE_upcall-sim"))
-            .args(["--seeds", "100"])
+            .args(["--seeds", "200"])
             .env("UPCALL_PLANT", name)
             .env_remove("UPCALL_SEED")
             .output()

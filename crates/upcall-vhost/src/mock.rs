@@ -54,7 +54,10 @@ pub struct Memory {
     fd: OwnedFd,
     mapping: Arc<Mapping>,
     base: u64,
-    next: AtomicU64,
+    /// What comes next is the guest's matter, wherever it is.
+    next: Arc<AtomicU64>,
+    /// Pages that the guest itself has written since somebody asked; none: nobody does.
+    own: Mutex<Option<BTreeSet<u64>>>,
 }
 
 impl Memory {
@@ -67,7 +70,36 @@ impl Memory {
     pub fn at(base: u64, length: usize) -> Memory {
         let fd = memfd("guest", length).expect("memfd");
         let mapping = Mapping::new(&fd, 0, length, Access::ReadWrite).expect("mapping");
-        Memory { fd, mapping: Arc::new(mapping), base, next: AtomicU64::new(base) }
+        let (mapping, next) = (Arc::new(mapping), Arc::new(AtomicU64::new(base)));
+        Memory { fd, mapping, base, next, own: Mutex::default() }
+    }
+
+    /// The memory to which a guest moves: as large, at the same address, and what is allocated
+    /// in one is allocated in the other. All zeroes.
+    pub fn twin(&self) -> Memory {
+        Memory { next: self.next.clone(), ..Memory::at(self.base, self.mapping.len()) }
+    }
+
+    /// The pages of which something is allocated, guest-physical.
+    pub fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+        (self.base..self.next.load(Ordering::Relaxed)).step_by(4096)
+    }
+
+    /// Notes from now on which pages the guest itself writes, as a hypervisor knows it from the
+    /// processor; or no more.
+    pub fn note_own(&self, on: bool) {
+        *self.own.lock().expect("lock") = on.then(BTreeSet::new);
+    }
+
+    /// The pages that the guest itself has written since the last call.
+    pub fn take_own(&self) -> BTreeSet<u64> {
+        self.own.lock().expect("lock").as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn note(&self, at: u64, length: usize) {
+        if let Some(own) = &mut *self.own.lock().expect("lock") {
+            own.extend((at / 4096 * 4096..at + length as u64).step_by(4096));
+        }
     }
 
     /// Where it is.
@@ -101,6 +133,7 @@ impl Memory {
 
     /// Stores bytes at guest-physical `at`.
     pub fn write(&self, at: u64, bytes: &[u8]) {
+        self.note(at, bytes.len());
         self.mapping.write((at - self.base) as usize, bytes).expect("inside");
     }
 
@@ -113,6 +146,7 @@ impl Memory {
 
     /// Stores a number at guest-physical `at`, after all that was stored before.
     pub fn store(&self, at: u64, value: u16) {
+        self.note(at, 2);
         assert!(self.mapping.store_u16((at - self.base) as usize, value, Ordering::Release));
     }
 
@@ -412,6 +446,9 @@ pub trait GuestDriver {
     /// The queue on its ring, with indirect descriptors. A device that tracks what is in
     /// flight finds what was.
     fn queue(&self, device: &Device) -> VirtQueue;
+
+    /// Goes on in another memory, which holds what this one held.
+    fn move_to(&mut self, memory: &Arc<Memory>);
 }
 
 impl GuestDriver for Driver {
@@ -447,6 +484,10 @@ impl GuestDriver for Driver {
 
     fn queue(&self, device: &Device) -> VirtQueue {
         device.queue(self)
+    }
+
+    fn move_to(&mut self, memory: &Arc<Memory>) {
+        self.memory = memory.clone();
     }
 }
 
@@ -605,10 +646,14 @@ impl Device {
     /// The queue on the driver's ring, from where the ring stands; `None` if the ring is not
     /// in memory.
     pub fn try_queue(&self, driver: &Driver, indirect: bool) -> Option<VirtQueue> {
+        self.try_queue_at(driver, driver.memory.load(driver.used + 2), indirect)
+    }
+
+    /// The queue on the driver's ring, from `base` on; `None` if the ring is not in memory.
+    pub fn try_queue_at(&self, driver: &Driver, base: u16, indirect: bool) -> Option<VirtQueue> {
         let [descriptors, available, used] = driver.user_addresses();
         let address = RingAddress { descriptors, available, used };
         let (_, memory) = self.shared.memory();
-        let base = driver.memory.load(driver.used + 2);
         let ring = SplitRing::new(&memory, address, driver.size, base, driver.event_idx)?;
         Some(self.make_queue(Ring::Split(ring), indirect))
     }

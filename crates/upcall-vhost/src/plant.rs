@@ -25,6 +25,12 @@ pub enum Bug {
     UnloggedStatus,
     /// The used ring is not logged.
     UnloggedRing,
+    /// What a ring writes when it stops is not logged.
+    UnloggedEnd,
+    /// What a request writes is logged when it is taken, not when it is written.
+    LoggedBefore,
+    /// A ring that stops does not tell what a dead worker had begun and nobody ended.
+    LeftForgotten,
 }
 
 #[cfg(any(test, feature = "plant"))]
@@ -40,6 +46,8 @@ impl Bug {
     ];
     /// Those of the log of what is written.
     pub const UNLOGGED: [Bug; 3] = [Bug::UnloggedData, Bug::UnloggedStatus, Bug::UnloggedRing];
+    /// Those that show when a guest moves whose worker dies, or at its very end.
+    pub const MOVED: [Bug; 3] = [Bug::UnloggedEnd, Bug::LoggedBefore, Bug::LeftForgotten];
 
     /// As in `UPCALL_PLANT`.
     pub const fn name(self) -> &'static str {
@@ -53,6 +61,9 @@ impl Bug {
             Bug::UnloggedData => "unlogged-data",
             Bug::UnloggedStatus => "unlogged-status",
             Bug::UnloggedRing => "unlogged-ring",
+            Bug::UnloggedEnd => "unlogged-end",
+            Bug::LoggedBefore => "logged-before",
+            Bug::LeftForgotten => "left-forgotten",
         }
     }
 }
@@ -83,7 +94,7 @@ mod planted {
             std::env::var("UPCALL_PLANT")
                 .ok()
                 .and_then(|name| {
-                    let all = Bug::ALL.into_iter().chain(Bug::UNLOGGED);
+                    let all = Bug::ALL.into_iter().chain(Bug::UNLOGGED).chain(Bug::MOVED);
                     all.into_iter().find(|bug| bug.name() == name)
                 }),
         );

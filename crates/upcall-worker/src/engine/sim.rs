@@ -567,6 +567,16 @@ impl World {
         self.command(Command::Start(queue));
     }
 
+    /// The engine begins nothing more, and ends once nothing is in flight.
+    pub fn quit(&mut self) {
+        self.command(Command::Quit);
+    }
+
+    /// Whether it has ended: its thread would not be there any more.
+    pub fn has_ended(&self) -> bool {
+        self.engine.has_ended()
+    }
+
     fn command(&mut self, command: Command) {
         self.commands.send(command).expect("the engine lives");
     }
