@@ -100,6 +100,8 @@ pub struct Load {
     rng: Rng,
     seed: u64,
     pattern: Pattern,
+    /// See [`Load::torn_zeroes_as`].
+    torn_zeroes: Option<fn(u64) -> [u8; SECTOR]>,
     sectors: Vec<Sector>,
     /// By queue and slot.
     in_flight: Vec<Option<Flight>>,
@@ -122,6 +124,7 @@ impl Load {
             rng: Rng::new(seed),
             seed,
             pattern: Pattern::new(seed),
+            torn_zeroes: None,
             sectors: vec![Sector(vec![zero]); sectors],
             in_flight: vec![None; client.queues() * client.slots()],
             slots: client.slots(),
@@ -129,6 +132,14 @@ impl Load {
             stamp: 0,
             counts: LoadCounts::default(),
         }
+    }
+
+    /// For a disk behind a filter that leaves sectors of zeroes alone and changes all others,
+    /// as xor does: of a sector that is torn between zeroes and something else it changes the
+    /// zeroes, too, into what `key` gives for the sector.
+    #[must_use]
+    pub fn torn_zeroes_as(self, key: fn(u64) -> [u8; SECTOR]) -> Load {
+        Load { torn_zeroes: Some(key), ..self }
     }
 
     /// What it did so far.
@@ -289,12 +300,15 @@ impl Load {
     fn is_mix(&self, at: u64, content: &[u8], since: u64) -> bool {
         let sector = &self.sectors[at as usize];
         let allowed = sector.0.iter().filter(|written| sector.allows(written, since));
+        let zeroes = allowed.clone().find(|written| written.stamp == 0);
+        let torn_zeroes = zeroes.and(self.torn_zeroes).map(|key| key(at));
         let all: Vec<[u8; SECTOR]> = allowed
             .map(|written| {
                 let mut bytes = [0; SECTOR];
                 self.pattern.fill(at, written.stamp, &mut bytes);
                 bytes
             })
+            .chain(torn_zeroes)
             .collect();
         content.iter().enumerate().all(|(index, byte)| all.iter().any(|one| one[index] == *byte))
     }
@@ -376,6 +390,32 @@ mod tests {
         assert_eq!(allowed(&all, 9), [1, 2]);
         let open = [written(1, 2, u64::MAX), written(2, 4, 6)];
         assert_eq!(allowed(&open, 9), [1, 2], "it may be done at any time until it completes");
+    }
+
+    #[test]
+    fn a_sector_torn_between_zeroes_and_a_write_is_what_a_filter_makes_of_it() {
+        let sectors = vec![Sector(vec![written(0, 0, 0), written(1, 2, 4), written(0, 6, 8)])];
+        let load = |torn_zeroes| Load {
+            rng: Rng::new(1),
+            seed: 1,
+            pattern: Pattern::new(1),
+            torn_zeroes,
+            sectors: sectors.clone(),
+            in_flight: Vec::new(),
+            slots: 0,
+            clock: 9,
+            stamp: 1,
+            counts: LoadCounts::default(),
+        };
+        let (plain, changed) = (load(None), load(Some(|_| [0x5a; SECTOR])));
+        let mut torn = [0x5a; SECTOR];
+        plain.pattern.fill(0, 1, &mut torn);
+        torn[100..].fill(0x5a);
+        assert!(changed.is_mix(0, &torn, 7) && !plain.is_mix(0, &torn, 7));
+        torn[100..].fill(0);
+        assert!(plain.is_mix(0, &torn, 7));
+        torn[511] = 0x77;
+        assert!(!changed.is_mix(0, &torn, 7), "a byte that nobody writes");
     }
 
     #[test]

@@ -95,7 +95,10 @@ impl Campaign {
             client.features() & feature::RING_PACKED,
             options.features & feature::RING_PACKED
         );
-        let load = Load::on(seed, &mut client);
+        let mut load = Load::on(seed, &mut client);
+        if matches!(way, Way::Changed) {
+            load = load.torn_zeroes_as(xor_key);
+        }
         Campaign {
             scratch,
             server,
@@ -197,6 +200,27 @@ fn undo_xor(image: &Path, plain: &Path) -> PathBuf {
     let status = std::process::Command::new("python3").arg(script).args([image, plain]).status();
     assert!(status.unwrap().success());
     plain.to_owned()
+}
+
+/// What the filter xor changes a sector with: see upcall-xor.7.
+fn xor_key(sector: u64) -> [u8; 512] {
+    const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+    let fnv1a = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+    let seed = b"upcall".iter().fold(0xcbf2_9ce4_8422_2325, fnv1a);
+    let mut key = [0; 512];
+    for (index, word) in (sector * 64 + 1..).zip(key.chunks_exact_mut(8)) {
+        let mut z = index.wrapping_mul(GAMMA).wrapping_add(seed);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word.copy_from_slice(&(z ^ (z >> 31)).to_le_bytes());
+    }
+    key
+}
+
+#[test]
+fn the_key_of_xor_is_as_its_manual_says() {
+    let start = &xor_key(54)[..8];
+    assert_eq!(start, [0x4a, 0xa8, 0x71, 0x5e, 0x67, 0xef, 0xe9, 0xa0], "by unxor.py");
 }
 
 fn kills_in_all() -> usize {
