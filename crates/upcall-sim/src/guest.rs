@@ -415,7 +415,14 @@ impl Layout {
     fn new(memory: &Arc<Memory>, shape: Shape) -> Layout {
         let Shape { size, packed, event_idx, base } = shape;
         match packed {
-            true => Layout::Packed(PackedDriver::new(memory.clone(), size, event_idx)),
+            true => {
+                // Its descriptors end with a page, and where the device says when it wants to be
+                // woken begins the next one: a log that forgets either is seen.
+                let here = memory.allocate(0, 16);
+                let end = here + u64::from(size) * 16;
+                memory.allocate((end.next_multiple_of(4096) - end) as usize, 16);
+                Layout::Packed(PackedDriver::new(memory.clone(), size, event_idx))
+            }
             false => Layout::Split(Driver::new(memory.clone(), size, event_idx, base)),
         }
     }
