@@ -51,6 +51,12 @@ impl Program {
         }
         Ok(Some(Program { path, libraries }))
     }
+
+    /// Whether a library of this name, without its version, is among its own.
+    pub fn is_linked_with(&self, name: &str) -> bool {
+        let names = self.libraries.iter().filter_map(|path| path.file_name()?.to_str());
+        names.filter_map(|file| file.strip_prefix(name)).any(|rest| rest.starts_with(".so"))
+    }
 }
 
 fn look_up(name: &Path) -> Option<PathBuf> {
@@ -194,6 +200,14 @@ mod tests {
         let expected = ["/lib/x/liba.so.1", "/lib64/ld-linux-x86-64.so.2"];
         assert_eq!(libraries(text), expected.map(PathBuf::from));
         assert!(libraries("\tstatically linked\n").is_empty());
+    }
+
+    #[test]
+    fn a_library_is_known_by_its_name_whatever_its_version() {
+        let libraries = ["/lib/liba.so.1", "/lib/libaio.so.1"].map(PathBuf::from).to_vec();
+        let program = Program { path: PathBuf::new(), libraries };
+        assert!(program.is_linked_with("libaio") && program.is_linked_with("liba"));
+        assert!(!program.is_linked_with("libai") && !program.is_linked_with("lib"));
     }
 
     #[test]

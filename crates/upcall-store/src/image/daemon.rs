@@ -29,7 +29,7 @@ use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal};
 
 use crate::image::confine::{Program, Reason, confine};
 use crate::image::extents::Oracle;
-use crate::image::plan::{Plan, Sockets, TOP};
+use crate::image::plan::{Aio, Plan, Sockets, TOP};
 
 /// Bytes that are kept of what a daemon says.
 const SAID_BYTES: usize = 4096;
@@ -40,10 +40,13 @@ pub(crate) struct Starter {
     thread: Option<JoinHandle<()>>,
     plan: Arc<Plan>,
     oracle: Arc<Oracle>,
+    /// The program was built with what [`Aio::Native`] needs.
+    knows_native: bool,
 }
 
 struct Order {
     sockets: Sockets,
+    aio: Aio,
     answer: Sender<io::Result<Child>>,
 }
 
@@ -53,21 +56,22 @@ impl Starter {
         let (orders, todo) = channel::<Order>();
         let (ready, is_ready) = channel();
         let its_plan = plan.clone();
+        let knows_native = program.is_linked_with("libaio");
         let run = move || {
             let plan = its_plan;
             let confined = confine(&program, &plan);
             let go_on = confined.is_ok();
             let _ = ready.send(confined);
             if go_on {
-                for Order { sockets, answer } in todo {
-                    let _ = answer.send(spawn(&program, &plan, sockets));
+                for Order { sockets, aio, answer } in todo {
+                    let _ = answer.send(spawn(&program, &plan, sockets, aio));
                 }
             }
         };
         let thread = std::thread::Builder::new().name("image-starter".into()).spawn(run);
         let thread = thread.map_err(|error| format!("cannot start a thread: {error}"))?;
         is_ready.recv().unwrap_or_else(|_| Err("the thread that starts it ended".into()))?;
-        Ok(Starter { orders: Some(orders), thread: Some(thread), plan, oracle })
+        Ok(Starter { orders: Some(orders), thread: Some(thread), plan, oracle, knows_native })
     }
 
     /// Starts a daemon, and connects to it. It may not have opened the image yet.
@@ -78,7 +82,10 @@ impl Starter {
         let gone = || io::Error::other("the thread that starts daemons is gone");
         let server = self.plan.connect()?;
         let sockets = Sockets { requests: requests.into(), questions: questions.into(), server };
-        let order = Order { sockets, answer };
+        // Not done where daemons are started: /proc cannot be read there.
+        let native = self.knows_native && has_room_for_native();
+        let aio = if native { Aio::Native } else { Aio::Threads };
+        let order = Order { sockets, aio, answer };
         self.orders.as_ref().ok_or_else(gone)?.send(order).map_err(|_| gone())?;
         let child = answered.recv().map_err(|_| gone())??;
         self.oracle.renew(asking, TOP);
@@ -93,6 +100,18 @@ impl Drop for Starter {
             let _ = thread.join();
         }
     }
+}
+
+/// Events of native AIO that a daemon may reserve, generously: QEMU asks for 1024 for each of its
+/// event loops.
+const NATIVE_EVENTS: u64 = 4096;
+
+/// Whether the system has so many left. A daemon that finds none cannot open its image.
+fn has_room_for_native() -> bool {
+    let number = |name| std::fs::read_to_string(name).ok()?.trim().parse::<u64>().ok();
+    let most = number("/proc/sys/fs/aio-max-nr");
+    let taken = number("/proc/sys/fs/aio-nr");
+    most.zip(taken).is_some_and(|(most, taken)| taken.saturating_add(NATIVE_EVENTS) <= most)
 }
 
 /// A socket that listens, and a connection to it. Nobody else can connect: the folder it is in
@@ -117,11 +136,11 @@ fn rendezvous() -> io::Result<(UnixListener, UnixStream)> {
     made
 }
 
-fn spawn(program: &Program, plan: &Arc<Plan>, sockets: Sockets) -> io::Result<Child> {
+fn spawn(program: &Program, plan: &Arc<Plan>, sockets: Sockets, aio: Aio) -> io::Result<Child> {
     let parent = rustix::process::getpid();
     let mut command = Command::new(&program.path);
     command
-        .args(plan.arguments(&sockets))
+        .args(plan.arguments(&sockets, aio))
         .env_clear()
         .process_group(0)
         .stdin(Stdio::null())

@@ -66,6 +66,15 @@ impl Sockets {
     }
 }
 
+/// How a daemon reads and writes files that are opened with O_DIRECT; others it leaves to threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Aio {
+    /// By io_submit(2): as many requests at once as have come.
+    Native,
+    /// A thread for each request that is in flight.
+    Threads,
+}
+
 /// More than any passphrase has.
 const SECRET_BYTES_MAX: u64 = 64 << 10;
 
@@ -220,7 +229,7 @@ impl Plan {
     }
 
     /// The daemon's arguments.
-    pub fn arguments(&self, sockets: &Sockets) -> Vec<String> {
+    pub fn arguments(&self, sockets: &Sockets, aio: Aio) -> Vec<String> {
         let (requests, questions) = (sockets.requests.as_raw_fd(), sockets.questions.as_raw_fd());
         let mut args = Vec::new();
         if let Some(secret) = &self.secret {
@@ -230,6 +239,11 @@ impl Plan {
         let remote = self.server.as_ref().zip(sockets.server.as_ref());
         let remote = remote.map(|(server, fd)| nodes_of_server(server, fd, self.read_only));
         for node in self.nodes.iter().chain(remote.iter().flatten()) {
+            let mut node = node.clone();
+            // Only what goes past the page cache can be handed to the kernel in batches.
+            if aio == Aio::Native && node["cache"]["direct"] == true && node.get("aio").is_some() {
+                node["aio"] = "native".into();
+            }
             args.extend(["--blockdev".to_owned(), node.to_string()]);
         }
         let writable = if self.read_only { "off" } else { "on" };

@@ -93,6 +93,23 @@ fn daemon_of(image: &Path) -> Option<Pid> {
 }
 
 #[test]
+fn what_goes_past_the_page_cache_is_handed_to_the_kernel_in_batches_where_that_can_be_done() {
+    let folder = Folder::new("aio");
+    let image = folder.qcow2(&[]);
+    let native_nodes = |direct, aio| {
+        let options = ImageOptions { direct, ..options(&image) };
+        let plan = plan::Plan::open(&options).unwrap();
+        let fd = || memfd("socket", 4096).unwrap();
+        let sockets = plan::Sockets { requests: fd(), questions: fd(), server: None };
+        let arguments = plan.arguments(&sockets, aio);
+        arguments.iter().filter(|text| text.contains(r#""aio":"native""#)).count()
+    };
+    assert_eq!(native_nodes(true, plan::Aio::Native), 1, "the file; its format has no aio");
+    assert_eq!(native_nodes(false, plan::Aio::Native), 0, "QEMU refuses it without O_DIRECT");
+    assert_eq!(native_nodes(true, plan::Aio::Threads), 0);
+}
+
+#[test]
 fn a_daemon_that_hangs_is_replaced() {
     let folder = Folder::new("hang");
     let image = folder.qcow2(&[]);
