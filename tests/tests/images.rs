@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
 use upcall_tests::{
     Client, Driver, Filter, Io, Kind, Mix, Outcome, Scratch, Server, Workload, qemu_img, upcall,
@@ -15,9 +16,11 @@ use upcall_tests::{
 
 const BYTES: u64 = 32 << 20;
 
-/// Serves an image as the disk `root`, behind `chain`.
+/// Serves an image as the disk `root`, behind `chain`; through the page cache, if nothing else is
+/// said: not every folder knows O_DIRECT.
 fn serve(scratch: &Scratch, words: &str, chain: &[Filter]) -> Server {
-    let disk = format!("name=root,socket={},queues=2,direct=off{words}", scratch.text("d.sock"));
+    let cache = if words.contains("direct=") { "" } else { ",direct=off" };
+    let disk = format!("name=root,socket={},queues=2{cache}{words}", scratch.text("d.sock"));
     let filters: Vec<String> =
         chain.iter().map(|filter| filter.argument("root", scratch)).collect();
     let filters: Vec<&str> = filters.iter().map(String::as_str).collect();
@@ -188,10 +191,28 @@ fn what_was_written_and_not_flushed_survives_a_worker_that_is_started_again() {
 /// A few kills; `UPCALL_KILLS` says how many.
 #[test]
 fn a_daemon_that_is_killed_again_and_again_costs_no_byte_and_no_error() {
+    kill_again_and_again("direct=off");
+}
+
+/// Here the daemon reads and writes by native AIO, which it leaves to the kernel when it dies.
+#[test]
+fn nor_does_one_that_goes_past_the_page_cache() {
+    let scratch = Scratch::new();
+    let probe = scratch.join("probe");
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT;
+    if rustix::fs::open(&probe, flags, Mode::RUSR | Mode::WUSR).is_err() {
+        eprintln!("skipped: {} is in a folder without O_DIRECT", probe.display());
+        return;
+    }
+    kill_again_and_again("direct=on");
+}
+
+fn kill_again_and_again(cache: &str) {
     let kills = std::env::var("UPCALL_KILLS").map_or(20, |text| text.parse().unwrap());
     let scratch = Scratch::new();
     let image = Kind::QCOW2.create(&scratch, "disk", BYTES);
-    let server = serve(&scratch, &Kind::QCOW2.words(&image), &[]);
+    let words = format!(",{cache}{}", Kind::QCOW2.words(&image));
+    let server = serve(&scratch, &words, &[]);
     let mut driver = connect(&scratch);
     let mut workload = Workload::on(77, &mut driver);
     let began = Instant::now();
