@@ -23,8 +23,11 @@ _Thread_local struct uh_channel *uh_current_channel;
 /* How long to yield before sleeping: adapts between these. */
 #define PATIENCE_MIN_NS 2000u
 #define PATIENCE_MAX_NS 50000u
-/* Looks at the ring between two yields, while nobody else wants the core. */
+/* Looks at the ring between two looks at the clock, while nobody else wants the core. */
 #define POLLS 200u
+/* While nobody else does, a wait shorter than this has no yield in it: what comes sooner is
+   from a worker that has a core, and a system call in the middle would make it later. */
+#define UNDISTURBED_NS 2000u
 /* A yield that took at least this let somebody else run. For so many yields from then on
    each look is followed by a yield: what we wait for may be waiting for our core. */
 #define SLOW_YIELD_NS 1000u
@@ -203,15 +206,17 @@ static void sleep_until_rung(struct uh_channel *channel) {
 
 /* Looks for a submission until patience ends; says whether one came. */
 static bool poll_then_yield(struct uh_channel *channel) {
-    uint64_t now = 0, end = 0;
+    uint64_t now = 0, begin = 0;
     for (;;) {
         for (uint32_t looks = channel->crowded ? 1 : POLLS; looks; looks--)
             if (submission_ready(channel))
                 return true;
-        uint64_t before = end && channel->crowded ? now : uh_now_ns();
-        end = end ? end : before + channel->patience_ns;
-        if (before >= end)
+        uint64_t before = begin && channel->crowded ? now : uh_now_ns();
+        begin = begin ? begin : before;
+        if (before - begin >= channel->patience_ns)
             return false;
+        if (!channel->crowded && before - begin < UNDISTURBED_NS)
+            continue;
         sched_yield();
         now = uh_now_ns();
         if (now - before >= SLOW_YIELD_NS)

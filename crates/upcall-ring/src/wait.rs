@@ -11,8 +11,10 @@
 //! does not return at once says so. Then every look is followed by a yield, because what we
 //! wait for may be waiting for our core: that is ten times faster than any spinning. (Unless
 //! somebody else took the core and computes: then a yield lasts for milliseconds, and
-//! sleeping is better.) If yields return at once, a look is followed by the next look, and a yield now and then
-//! finds out whether it is still so.
+//! sleeping is better.) If yields return at once, a look is followed by the next look. Then only
+//! a wait that has lasted longer than another core takes to answer has a yield now and then, to
+//! find out whether it is still so: whoever is answered sooner does not keep from running what
+//! it waits for, and a system call in the middle would make so short a wait a longer one.
 //!
 //! Always true: a wait that finds nothing leads to sleep within
 //! [`WaitLimits::budget_max_ns`], and an idle thread soon sleeps without looking at all.
@@ -43,6 +45,8 @@ pub struct WaitLimits {
     /// How many yields after a slow one every look is followed by a yield; and how many
     /// looks there are between two yields when no yield is slow.
     pub patience: u32,
+    /// When no yield is slow, a wait shorter than this has none.
+    pub undisturbed_ns: u64,
     /// After this many short sleeps in a row, in spite of the growing budget, looking is
     /// given up.
     pub misses_max: u32,
@@ -61,6 +65,7 @@ impl WaitLimits {
         short_sleep_ns: 150_000,
         slow_yield_ns: 1_000,
         patience: 16,
+        undisturbed_ns: 2_000,
         misses_max: 8,
         misses_forgotten: 128,
     };
@@ -144,13 +149,19 @@ impl Waiter {
             return Turn::Poll;
         }
         let wait = self.wait.get_or_insert(Wait { since_ns: now_ns, slept: false });
-        if now_ns.saturating_sub(wait.since_ns) >= self.budget_ns {
+        let waited_ns = now_ns.saturating_sub(wait.since_ns);
+        if waited_ns >= self.budget_ns {
             wait.slept = true;
             return Turn::Sleep;
         }
-        if self.crowded == 0 && self.polls_left > 0 {
-            self.polls_left -= 1;
-            return Turn::Poll;
+        if self.crowded == 0 {
+            if waited_ns < self.limits.undisturbed_ns {
+                return Turn::Poll;
+            }
+            if self.polls_left > 0 {
+                self.polls_left -= 1;
+                return Turn::Poll;
+            }
         }
         self.polls_left = self.limits.patience;
         Turn::Yield
@@ -339,6 +350,16 @@ mod tests {
         world.polls = 0;
         world.waits(10, 4_000);
         assert_eq!(world.polls, 0, "somebody needs the core now");
+    }
+
+    #[test]
+    fn a_wait_as_short_as_an_answer_from_another_core_has_no_yield_in_it() {
+        let mut world = World::new(150);
+        world.waits(100, 500);
+        (world.polls, world.yields) = (0, 0);
+        world.waits(1000, 500);
+        assert_eq!((world.yields, world.sleeps), (0, 0));
+        assert!(world.polls >= 10_000, "{}", world.polls);
     }
 
     #[test]
