@@ -174,8 +174,9 @@ impl Keeper {
             if self.ring.busy_count() == 0 && self.link.is_some() && self.ledger.next().is_some() {
                 continue;
             }
-            if self.port.before_sleep() {
+            if self.port.before_sleep() && self.ring.before_sleep() {
                 self.sleep();
+                self.ring.after_sleep();
             }
         }
         self.end();
@@ -224,9 +225,6 @@ impl Keeper {
 
     /// One round: completions in, requests out.
     fn turn(&mut self) -> Result<(), String> {
-        if let Some(link) = &self.link {
-            link.call.clear();
-        }
         self.reap()?;
         self.fly();
         Ok(())
@@ -425,6 +423,7 @@ impl Keeper {
             ];
             fds.extend(link.daemon.stderr().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             let _ = rustix::event::poll(&mut fds, limit.as_ref());
+            link.call.clear();
             let is_ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
             (is_ready(2) || is_ready(3), is_ready(4))
         };

@@ -38,6 +38,7 @@ const _: () = assert!(HEADERS + HEADER_BYTES * SLOT_COUNT <= DATA);
 const NEXT: u16 = 1;
 const DEVICE_WRITES: u16 = 2;
 const NO_NOTIFY: u16 = 1;
+const NO_INTERRUPT: u16 = 1;
 const STATUS_UNSET: u8 = 0xff;
 
 /// What the device is asked to do; numbers of virtio-blk.
@@ -215,6 +216,31 @@ impl ClientRing {
         Ok(())
     }
 
+    /// Asks for a call when the next request has ended, as nobody looks from now on. False: some
+    /// have, and no call is asked for.
+    #[must_use = "sleep only if this is true"]
+    pub fn before_sleep(&mut self) -> bool {
+        self.put_available_flags(0);
+        // The flag must be visible before the index is read: the device does it the other way
+        // round before it leaves a call out.
+        fence(Ordering::SeqCst);
+        let index = self.memory.atomic_u16(USED + 2).expect("the ring is in the memory");
+        if u16::from_le(index.load(Ordering::Relaxed)) == self.used_index {
+            return true;
+        }
+        self.after_sleep();
+        false
+    }
+
+    /// Somebody looks again: calls are not worth their while.
+    pub fn after_sleep(&mut self) {
+        self.put_available_flags(NO_INTERRUPT);
+    }
+
+    fn put_available_flags(&self, flags: u16) {
+        assert!(self.memory.store_u16(AVAILABLE, flags.to_le(), Ordering::Relaxed));
+    }
+
     fn describe(&self, number: u16, at: u64, length: u32, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&(BASE + at).to_le_bytes());
@@ -239,6 +265,25 @@ mod tests {
 
     fn ring() -> ClientRing {
         ClientRing::new(4096).unwrap()
+    }
+
+    #[test]
+    fn a_call_is_asked_for_by_who_sleeps_and_nobody_sleeps_over_what_has_ended() {
+        let mut ring = ring();
+        let wants_call = |ring: &ClientRing| ring.get::<2>(AVAILABLE) == [0, 0];
+        ring.submit(0, Command::Flush);
+        assert!(ring.before_sleep());
+        assert!(wants_call(&ring));
+        ring.after_sleep();
+        assert!(!wants_call(&ring));
+        answer(&ring, 0, 0, 0);
+        assert!(!ring.before_sleep());
+        assert!(!wants_call(&ring), "it is awake");
+        ring.reap(&mut Vec::new()).unwrap();
+        assert!(ring.before_sleep());
+        ring.after_sleep();
+        ring.reset();
+        assert!(wants_call(&ring), "another device, until somebody has slept");
     }
 
     /// What a device does: ends the request of `slot`.
