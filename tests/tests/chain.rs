@@ -205,11 +205,10 @@ fn edit(rig: &Rig, rng: &mut Rng, chain: &[String]) -> (&'static str, Value, boo
             ("attach a bad one", edit, true)
         }
         10 => {
-            let ways = ["die", "die-later", "die-done", "fail", "refuse-open", "refuse-state"];
-            let how = ways[way % ways.len()];
-            let edit = json!({"edit": "replace", "slot": "changer", "params": bad(how)});
-            // One that is dead by then leaves no state that could be refused.
-            ("replace by a bad one", edit, how != "refuse-state")
+            let ways = ["die", "die-later", "die-done", "fail", "refuse-open", "die-open"];
+            let params = bad(ways[way % ways.len()]);
+            let edit = json!({"edit": "replace", "slot": "changer", "params": params});
+            ("replace by a bad one", edit, true)
         }
         _ => {
             let edit = json!({"edit": "replace", "slot": "changer", "file": rig.changer[version]});
@@ -312,7 +311,9 @@ fn step(rig: &Rig, seed: u64, number: u64, tally: &mut Tally) {
         }
         Answer::Lost => {
             tally.lost += 1;
-            assert!(now == before || now == after, "{before:?} to {after:?}, but {now:?}");
+            // One that fails is never written down, whenever the worker dies.
+            let may_be_after = !is_vain && now == after;
+            assert!(now == before || may_be_after, "{before:?} to {after:?}, but {now:?}");
         }
     }
 }
@@ -453,26 +454,6 @@ fn a_filter_that_dies_while_its_disk_shall_stand_still_is_started_again() {
         client.wait(0, Duration::from_millis(1));
     }
     drop(client);
-    rig.server.stop();
-}
-
-#[test]
-fn what_a_filter_on_trial_fails_on_several_queues_at_once_shows_nobody_an_error() {
-    let rig = Rig::new();
-    let mut guests = DISKS.map(|disk| rig.client(disk, 3));
-    under_load(&rig, &mut guests, || {
-        for round in 0..20 {
-            let how = ["fail", "nonsense"][round % 2];
-            let bad = json!([{"name": "bad", "value": how}]);
-            let edit = json!({"edit": "attach", "file": rig.watcher[0], "params": bad});
-            let disks = DISKS.map(|disk| json!({"disk": disk, "edits": [edit]}));
-            match rig.chain(&[], &json!({"disks": disks})) {
-                Answer::Problem(kind, _) => assert_eq!(kind, "trial-failed"),
-                _ => panic!("it is in the chain: {}", rig.server.stderr()),
-            }
-        }
-    });
-    drop(guests);
     rig.server.stop();
 }
 

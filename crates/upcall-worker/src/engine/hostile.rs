@@ -301,6 +301,10 @@ pub fn play(input: &[u8]) -> u64 {
 mod tests {
     use std::time::Instant;
 
+    use upcall_abi::filter;
+
+    use super::*;
+
     /// Messages to be survived; a campaign sets UPCALL_CAMPAIGN for the larger number.
     const MESSAGES: u64 = 200_000;
     const MESSAGES_CAMPAIGN: u64 = 5_000_000;
@@ -312,6 +316,32 @@ mod tests {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
+    }
+
+    /// Another thread had it killed first, and this one hears of its death before it has read
+    /// what it had said.
+    #[test]
+    fn what_a_filter_on_trial_said_before_it_died_is_not_shown_to_the_guest() {
+        for code in [filter::verdict::FAIL, 77] {
+            let mut world = World::new();
+            world.engine.parts.slots[0].is_on_trial = true;
+            world.submit(&mut Bytes(&[])); // a read
+            world.turn();
+            let delivered = world.enemies[0].channel.submissions.pop().expect("a delivery");
+            let said = Completion {
+                kind: completion_kind::VERDICT,
+                code,
+                token: delivered.token,
+                status: -5,
+                ..Completion::default()
+            };
+            world.enemies[0].channel.completions.push(&said).expect("room");
+            world.engine.lose(HostId(0), Life::default(), false);
+            world.turn();
+            assert_eq!(world.ended, [false], "it waits for who takes the filter's place");
+            assert_eq!(world.engine.flights.len(), 1);
+            world.finish();
+        }
     }
 
     #[test]
