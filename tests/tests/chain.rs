@@ -529,3 +529,34 @@ fn who_may_not_change_is_told_so_and_what_was_asked_is_in_the_log() {
     );
     rig.server.stop();
 }
+
+#[test]
+fn messages_for_programs_say_in_fields_who_asked_for_what() {
+    let scratch = Scratch::new();
+    let (control, socket) = (scratch.text("control"), scratch.text("a.sock"));
+    let disk = format!("name=a,null=1M,socket={socket}");
+    let server = Server::start(
+        &scratch,
+        &["--restart", "--log-format", "json", "--control", &control, "--disk", &disk],
+    );
+    let trace = c_filter("trace", 64);
+    let attached =
+        upcall(&["chain", "attach", "a", trace.to_str().unwrap(), "--control", &control]);
+    attached.expect_success();
+    let log = server.stderr();
+    let lines: Vec<Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}")))
+        .collect();
+    let of_us = json!(rustix::process::geteuid().as_raw());
+    let told: Vec<&Value> = lines.iter().filter(|line| line["user"] == of_us).collect();
+    assert_eq!(told.len(), 2, "asked, and made: {log}");
+    assert!(told.iter().all(|line| line["process"].is_u64()), "{log}");
+    let change = format!("disk a: attach {}", trace.display());
+    assert!(told.iter().all(|line| line["change"] == change && line["level"] == "info"), "{log}");
+    assert!(told[1]["pause_us"].is_u64(), "{log}");
+    // For people the text is the same.
+    let events = upcall(&["events", "--control", &control]);
+    assert!(events.stdout.contains(told[0]["text"].as_str().unwrap()), "{events:?}");
+    server.stop();
+}

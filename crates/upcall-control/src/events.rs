@@ -5,14 +5,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::broadcast;
-use upcall_worker::{LogLevel, LogSink};
+use tracing::Subscriber;
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::Context;
+use upcall_worker::LogLevel;
 
 use crate::resource::Event;
+use crate::said::Said;
 
 /// As many as are kept.
 const KEPT: usize = 1024;
 
-/// The latest events of a worker: what it says in its log. Never blocks whoever says something.
+/// The latest events of a worker: what it says in its log, to which it listens as a layer of
+/// `tracing`. Never blocks whoever says something.
 #[derive(Clone)]
 pub struct Events(Arc<Inner>);
 
@@ -35,25 +40,13 @@ impl Default for Events {
 }
 
 impl Events {
-    /// A log that is kept here, and goes on to `log`.
-    pub fn listening(&self, log: LogSink) -> LogSink {
-        let events = self.clone();
-        Arc::new(move |level, text| {
-            events.add(level, text);
-            log(level, text);
-        })
-    }
-
-    fn add(&self, level: LogLevel, text: &str) {
-        let level = match level {
-            LogLevel::Error => "error",
-            LogLevel::Warn => "warning",
-            LogLevel::Info => "info",
-            LogLevel::Debug => return,
-        };
+    fn add(&self, said: Said) {
+        if said.level == LogLevel::Debug {
+            return;
+        }
         let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |at| at.as_millis());
         let mut kept = self.kept();
-        let (level, text) = (level.to_owned(), text.to_owned());
+        let (level, text) = (said.level_name().to_owned(), said.text);
         let event = Event { number: kept.next, at_ms: at_ms as u64, level, text };
         kept.next += 1;
         if kept.events.len() == KEPT {
@@ -75,14 +68,24 @@ impl Events {
     }
 }
 
+impl<S: Subscriber> Layer<S> for Events {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        Said::of(event).into_iter().for_each(|said| self.add(said));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sink;
+    use tracing_subscriber::layer::SubscriberExt;
 
     #[test]
     fn the_latest_are_kept_and_numbered_and_debugging_is_not() {
         let events = Events::default();
-        let log = events.listening(Arc::new(|_, _| {}));
+        let listening = tracing_subscriber::registry().with(events.clone());
+        let _listening = tracing::subscriber::set_default(listening);
+        let log = sink();
         for number in 0..KEPT + 5 {
             log(LogLevel::Debug, "noise");
             log(LogLevel::Warn, &number.to_string());

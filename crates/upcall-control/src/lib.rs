@@ -14,9 +14,11 @@ mod events;
 mod metrics;
 mod problem;
 pub mod resource;
+mod said;
 mod server;
 
 pub use client::{Client, ClientError, Follow};
 pub use events::Events;
 pub use problem::Problem;
+pub use said::{Said, sink};
 pub use server::{Server, ServerError, openapi};

@@ -18,7 +18,7 @@ use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::BroadcastStream;
-use upcall_worker::{Chains, DiskSummary, LogLevel, LogSink};
+use upcall_worker::{Chains, DiskSummary};
 use utoipa::OpenApi;
 
 use crate::events::Events;
@@ -66,7 +66,6 @@ struct Served {
     disks: Box<dyn Fn() -> Vec<DiskSummary> + Send + Sync>,
     chains: Chains,
     events: Events,
-    log: LogSink,
     owner: u32,
 }
 
@@ -78,7 +77,6 @@ impl Server {
         disks: impl Fn() -> Vec<DiskSummary> + Send + Sync + 'static,
         chains: Chains,
         events: Events,
-        log: LogSink,
     ) -> Result<Server, ServerError> {
         let failed = |source| ServerError::System { path: path.to_owned(), source };
         let listener = bind(path, mode)?;
@@ -86,7 +84,7 @@ impl Server {
             use std::os::unix::fs::MetadataExt;
             own.uid()
         });
-        let served = Served { disks: Box::new(disks), chains, events, log, owner };
+        let served = Served { disks: Box::new(disks), chains, events, owner };
         let (end, ended) = oneshot::channel();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
@@ -140,16 +138,15 @@ async fn serve(
     served: Arc<Served>,
     ended: oneshot::Receiver<()>,
 ) {
-    let log = served.log.clone();
     let listener = match UnixListener::from_std(listener) {
         Ok(listener) => listener,
-        Err(error) => return log(LogLevel::Error, &format!("no control socket: {error}")),
+        Err(error) => return tracing::error!("no control socket: {error}"),
     };
     let app = router(served).into_make_service_with_connect_info::<Peer>();
     tokio::select! {
         result = axum::serve(listener, app) => {
             if let Err(error) = result {
-                log(LogLevel::Error, &format!("the control socket ends: {error}"));
+                tracing::error!("the control socket ends: {error}");
             }
         }
         _ = ended => {}
@@ -263,13 +260,14 @@ async fn change(
     ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Json<Change>, JsonRejection>,
 ) -> Result<Json<Changed>, Problem> {
-    let who = match (peer.user, peer.process) {
+    let Peer { user, process } = peer;
+    let who = match (user, process) {
         (Some(user), Some(process)) => format!("user {user}, process {process}"),
         (Some(user), None) => format!("user {user}"),
         _ => "somebody".to_owned(),
     };
-    if !peer.user.is_some_and(|user| user == 0 || user == served.owner) {
-        (served.log)(LogLevel::Warn, &format!("{who} asked for a chain change, and may not"));
+    if !user.is_some_and(|user| user == 0 || user == served.owner) {
+        tracing::warn!(user, process, "{who} asked for a chain change, and may not");
         return Err(Problem::new(
             "forbidden",
             StatusCode::FORBIDDEN,
@@ -281,23 +279,29 @@ async fn change(
     let wanted = asked.to_worker().map_err(nonsense)?;
     let what = summary(&asked);
     if !asked.dry_run {
-        (served.log)(LogLevel::Info, &format!("{who} asks for a chain change: {what}"));
+        tracing::info!(user, process, change = what, "{who} asks for a chain change: {what}");
     }
-    let (chains, log) = (served.chains.clone(), served.log.clone());
+    let chains = served.chains.clone();
     let done = tokio::task::spawn_blocking(move || {
         let done = chains.change(&wanted);
         match &done {
             _ if wanted.is_dry_run => {}
-            Ok(changed) => log(
-                LogLevel::Info,
-                &format!(
-                    "the chain change of {who} is made ({what}); pause {} us",
-                    changed.pause_us
-                ),
-            ),
-            Err(error) => log(
-                LogLevel::Warn,
-                &format!("the chain change of {who} is not made ({what}): {error}"),
+            Ok(changed) => {
+                let pause_us = changed.pause_us;
+                tracing::info!(
+                    user,
+                    process,
+                    change = what,
+                    pause_us,
+                    "the chain change of {who} is made ({what}); pause {pause_us} us"
+                );
+            }
+            Err(error) => tracing::warn!(
+                user,
+                process,
+                change = what,
+                why = %error,
+                "the chain change of {who} is not made ({what}): {error}"
             ),
         }
         done

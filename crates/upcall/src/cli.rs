@@ -288,6 +288,11 @@ pub struct ServeArgs {
     /// The least important messages to show
     #[arg(long, value_enum, default_value_t = Level::Info)]
     pub log_level: Level,
+
+    /// Messages as lines for people, or as JSON, one object a line: when, by which process, how
+    /// much it matters, the text, and fields, such as who asked for a chain change
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
 }
 
 const SERVE_EXAMPLES: &str = "\
@@ -696,6 +701,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(seconds) if (0.05..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("give seconds, from 0.05 to 86400".into()),
     }
+}
+
+/// How messages are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
 }
 
 /// Levels of messages.

@@ -50,15 +50,17 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // First of all, so that a signal during the start is not lost.
     let failed = |error| Failure::new(format_args!("cannot watch signals: {error}"));
     let (shutdown, hangup) = (Shutdown::watch().map_err(failed)?, Hangup::watch().map_err(failed)?);
+    let events = Events::default();
+    log::begin(&args, events.clone());
     if args.supervised {
         let (orders, supervisor) = handover::take()?;
-        return serve(args, &shutdown, &hangup, Some((orders, supervisor)));
+        return serve(args, &shutdown, &hangup, Some((orders, supervisor)), events);
     }
-    stale::clear(&runtime_folder(), &log::sink(args.log_level));
+    stale::clear(&runtime_folder(), &upcall_control::sink());
     if args.restart {
         return supervise(args, &shutdown, &hangup);
     }
-    serve(args, &shutdown, &hangup, None)
+    serve(args, &shutdown, &hangup, None, events)
 }
 
 /// All disks that are asked for. `config`: the text of the file at `args.config`.
@@ -84,6 +86,7 @@ fn serve(
     shutdown: &Shutdown,
     hangup: &Hangup,
     supervised: Option<(Orders, ToSupervisor)>,
+    events: Events,
 ) -> Result<(), Failure> {
     allow_descriptors();
     let mut failures = StoreFailures::default();
@@ -117,8 +120,7 @@ fn serve(
             (plan, stats, Some(supervisor), disks)
         }
     };
-    let events = Events::default();
-    let log = events.listening(log::sink(args.log_level));
+    let log = upcall_control::sink();
     let whole = {
         let (stats, drain_ms, log) = (stats.clone(), args.drain_ms, log.clone());
         move |disks| WorkerConfig {
@@ -144,7 +146,7 @@ fn serve(
         Serving::Here(worker) => {
             let (chains, mode) = (worker.chains(), args.control_mode.0);
             let disks = disks_now(worker.disks(), chains.clone());
-            Some(Server::start(&control, mode, disks, chains, events, log.clone()))
+            Some(Server::start(&control, mode, disks, chains, events))
         }
         Serving::Movable(_) => None,
     };

@@ -32,7 +32,7 @@ use upcall_worker::{LogLevel, LogSink, SocketSource};
 use self::policy::Policy;
 use super::handover::{self, Said, ToWorker};
 use super::plan::{Place, Socket};
-use super::{log, stats};
+use super::stats;
 use crate::cli::ServeArgs;
 use crate::failure::Failure;
 use crate::output::print;
@@ -81,7 +81,7 @@ pub fn run(
         config,
         control: args.control.clone().unwrap_or_else(|| stats::control_beside(&stats)),
         stats,
-        log: log::sink(args.log_level),
+        log: upcall_control::sink(),
         policy: Policy::new(args.restart_pause_ms),
         has_served: false,
         failed: HashMap::new(),
