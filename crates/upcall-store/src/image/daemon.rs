@@ -80,6 +80,7 @@ impl Starter {
         let (questions, asking) = rendezvous()?;
         let (answer, answered) = channel();
         let gone = || io::Error::other("the thread that starts daemons is gone");
+        self.plan.wait_for_late_io();
         let server = self.plan.connect()?;
         let sockets = Sockets { requests: requests.into(), questions: questions.into(), server };
         // Not done where daemons are started: /proc cannot be read there.

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, ResolveFlags};
 use serde_json::{Value, json};
 
 use crate::OpenError;
@@ -226,6 +226,18 @@ impl Plan {
     /// A connection to who has the disk, for one daemon; none if it is in files.
     pub fn connect(&self) -> io::Result<Option<OwnedFd>> {
         self.server.as_ref().map(NbdServer::connect).transpose()
+    }
+
+    /// Waits for what a daemon that has ended may still have in flight past the page cache. The
+    /// kernel waits for that before a process ends, unless somebody is just looking at its memory
+    /// (`/proc/PID/cmdline`): then it waits in the looker's place. To allocate a byte that is
+    /// there waits for all direct IO of the file (ext4, XFS); where the file system cannot, or
+    /// does not wait, this does nothing.
+    pub fn wait_for_late_io(&self) {
+        let files = self.files.iter().filter(|allowed| allowed.is_writable && !allowed.is_device);
+        for allowed in files {
+            let _ = rustix::fs::fallocate(&allowed.file, FallocateFlags::KEEP_SIZE, 0, 1);
+        }
     }
 
     /// The daemon's arguments.
