@@ -56,6 +56,7 @@ mod class;
 #[cfg(test)]
 mod examples;
 mod flight;
+mod outline;
 mod policy;
 mod recovery;
 mod slot;
@@ -66,6 +67,7 @@ pub use chain::{Chain, ChainError, Entry, Generation, Route};
 pub use change::{Change, ChangeEnd, ChangeStep, FailedAt};
 pub use class::Class;
 pub use flight::{Action, Flight, Step};
+pub use outline::{Outline, Present};
 pub use policy::{OnFailure, PolicyError, default_deadline_ms};
 pub use recovery::{Failed, Health, Recovery, RecoveryPolicy};
 pub use slot::{DataAccess, SLOTS_MAX, SlotIndex, SlotSet, SlotSpec, SpecError};

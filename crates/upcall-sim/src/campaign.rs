@@ -228,7 +228,7 @@ impl Report {
 }
 
 /// What must happen at least so often in 1,000 worlds.
-const LEAST: [(&str, u64); 44] = [
+const LEAST: [(&str, u64); 62] = [
     ("fault: filter death", 500),
     ("filter death: ", 300),
     ("filter death: changer HalfChanged", 10),
@@ -262,7 +262,7 @@ const LEAST: [(&str, u64); 44] = [
     ("seen: read answered by a filter", 200),
     ("seen: cancel of a held request", 50),
     ("seen: gap marked", 300),
-    ("fault: gap not marked", 5),
+    ("fault: gap not marked", 2),
     ("checked: sectors missed and recorded", 300),
     ("migration: begun", 300),
     ("migration: cancelled", 80),
@@ -273,4 +273,22 @@ const LEAST: [(&str, u64); 44] = [
     ("migration: worker death after rings stopped", 5),
     ("migration: worker death while logging", 15),
     ("migration: worker death while rings stop", 10),
+    ("chain change: begun", 500),
+    ("chain change: of several disks", 50),
+    ("chain change: attached", 300),
+    ("chain change: detached", 200),
+    ("chain change: replaced", 300),
+    ("chain change: reordered", 3),
+    ("chain change: made", 100),
+    ("chain change: trial stood", 50),
+    ("chain change: trial failed", 50),
+    ("chain change: taken back", 40),
+    ("chain change: not written down", 1),
+    ("chain change: stuck", 3),
+    ("chain change: a dead filter leaves", 50),
+    ("chain change: given up at stun", 50),
+    ("chain change: given up at enter", 10),
+    ("chain change: given up at commit", 10),
+    ("worker death: with a change on its way", 50),
+    ("worker death: with a change on trial", 5),
 ];

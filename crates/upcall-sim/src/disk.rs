@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use upcall_block::{DiskInfo, Op, OpSet, Range};
-use upcall_chain::OnFailure;
+use upcall_chain::{OnFailure, SlotSpec};
 use upcall_vhost::mock::{Device, Memory};
 use upcall_vhost::{BlkConfig, BlkOptions};
 
@@ -39,13 +39,53 @@ pub enum Excuse {
     Mark,
 }
 
+/// A slot, unique on its disk, also after it has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SlotId(pub u32);
+
+/// A place in a disk's chain. It outlives the worker, and each filter that is replaced.
+pub struct Slot {
+    pub id: SlotId,
+    pub role: Role,
+    /// Its place among its class, as it was asked for.
+    pub order: i32,
+    pub policy: OnFailure,
+    /// The key of its filter, 0 for one that changes nothing.
+    pub key: u64,
+    /// Its host's number in each of the disk's engines.
+    pub host: usize,
+    pub instance: u32,
+    /// Of the filter that comes with a change on its way.
+    pub next_instance: u32,
+    pub room: usize,
+    /// The record of what it misses, where there is one.
+    pub gaps: Option<Gaps>,
+    /// Which changes its filters saw.
+    seen: Seen,
+    /// When it came into the chain.
+    since: u64,
+    /// It is about to leave: if it is dead, requests go past it.
+    pub is_leaving: bool,
+    /// It was about to leave, and missed what had begun before it stayed.
+    forgives: bool,
+}
+
+impl Slot {
+    pub fn spec(&self) -> SlotSpec {
+        SlotSpec { order: self.order, ..self.role.spec() }
+    }
+}
+
 /// See the module.
 pub struct Disk {
     pub number: u32,
-    pub roles: Vec<Role>,
-    pub policies: Vec<OnFailure>,
-    /// The key of each slot's filter, 0 for one that changes nothing.
-    pub keys: Vec<u64>,
+    /// The chain that its queues have.
+    pub slots: Vec<Slot>,
+    /// The chain that the next worker begins with, if this one dies.
+    pub written: Vec<(SlotId, i32)>,
+    /// Slots that have left the chain, and may come back.
+    pub left: Vec<Slot>,
+    next_slot: u32,
     pub medium: Medium,
     /// What a splitter writes to.
     pub second: Option<Medium>,
@@ -65,10 +105,6 @@ pub struct Disk {
     copy_unsure: Vec<bool>,
     /// Requests that filters of a dead worker have seen.
     pub seen_before: BTreeSet<u64>,
-    /// By slot: the record of what it misses, where there is one.
-    pub gaps: Vec<Option<Gaps>>,
-    /// By slot: which changes its filters saw.
-    seen: Vec<Seen>,
     /// Counts what happens, for what was before what.
     moment: u64,
     /// By request: when it began.
@@ -128,15 +164,12 @@ impl Disk {
             };
             Ring::new(memory, shape, number, guests)
         };
-        let gaps = |(role, policy): &(Role, OnFailure)| {
-            policy.records_gaps(&role.spec()).then(Gaps::default)
-        };
-        let gaps = plan.roles.iter().map(gaps).collect();
-        Disk {
+        let mut disk = Disk {
             number,
-            roles: plan.roles.iter().map(|(role, _)| *role).collect(),
-            policies: plan.roles.iter().map(|(_, policy)| *policy).collect(),
-            keys,
+            slots: Vec::new(),
+            written: Vec::new(),
+            left: Vec::new(),
+            next_slot: 0,
             medium,
             second,
             rings: (0..plan.rings).map(ring).collect(),
@@ -149,12 +182,89 @@ impl Disk {
             failing_filters: 0,
             copy_unsure: vec![false; guests],
             seen_before: BTreeSet::new(),
-            gaps,
-            seen: plan.roles.iter().map(|_| Seen::new(guests)).collect(),
             moment: 0,
             begun: BTreeMap::new(),
             missed: 0,
+        };
+        for ((role, policy), key) in plan.roles.iter().zip(keys) {
+            let slot = disk.new_slot(*role, *policy, key);
+            disk.slots.push(slot);
         }
+        disk.write_down();
+        disk
+    }
+
+    /// A slot that is in no chain yet.
+    pub fn new_slot(&mut self, role: Role, policy: OnFailure, key: u64) -> Slot {
+        let id = SlotId(self.next_slot);
+        self.next_slot += 1;
+        Slot {
+            id,
+            role,
+            order: role.spec().order,
+            policy,
+            key,
+            host: 0,
+            instance: 0,
+            next_instance: 0,
+            room: 0,
+            gaps: policy.records_gaps(&role.spec()).then(Gaps::default),
+            seen: Seen::new(self.guests),
+            since: self.moment,
+            is_leaving: false,
+            forgives: false,
+        }
+    }
+
+    /// What the queues have is what the next worker begins with.
+    pub fn write_down(&mut self) {
+        self.written = self.slots.iter().map(|slot| (slot.id, slot.order)).collect();
+    }
+
+    /// Whether the next worker would begin with another chain.
+    pub fn has_unwritten(&self) -> bool {
+        let now = self.slots.iter().map(|slot| (slot.id, slot.order));
+        !now.eq(self.written.iter().copied())
+    }
+
+    /// A worker begins, with the chain that is written down.
+    pub fn begin_life(&mut self) {
+        self.moment += 1;
+        // They were told that they leave, and that was not to be; or they are new.
+        let left = self.left.iter_mut().filter(|slot| slot.gaps.is_none());
+        let leaving = self.slots.iter_mut().filter(|slot| slot.is_leaving);
+        left.chain(leaving).for_each(|slot| slot.since = self.moment);
+        let mut all: Vec<Slot> = self.slots.drain(..).chain(self.left.drain(..)).collect();
+        let place = |id: SlotId| self.written.iter().position(|(other, _)| *other == id);
+        all.retain(|slot| place(slot.id).is_some());
+        all.sort_by_key(|slot| place(slot.id));
+        for (number, slot) in all.iter_mut().enumerate() {
+            (slot.host, slot.instance, slot.room) = (number, number as u32, number + 1);
+            slot.order = self.written[number].1;
+            slot.forgives |= std::mem::take(&mut slot.is_leaving);
+        }
+        self.slots = all;
+    }
+
+    /// The place of a host's slot.
+    pub fn place_of(&self, host: usize) -> Option<usize> {
+        self.slots.iter().position(|slot| slot.host == host)
+    }
+
+    /// A dead filter was about to leave, and requests may have gone past it; it stays.
+    pub fn forgive(&mut self, place: usize) {
+        if self.slots[place].role == Role::Splitter {
+            self.copy_unsure.fill(true);
+        }
+        self.begin_slot(place);
+        let slot = &mut self.slots[place];
+        (slot.is_leaving, slot.forgives) = (false, true);
+    }
+
+    /// A slot has met nothing of what was before.
+    pub fn begin_slot(&mut self, place: usize) {
+        self.moment += 1;
+        self.slots[place].since = self.moment;
     }
 
     /// The device of a worker's life; `ops` is what the chain offers.
@@ -166,7 +276,7 @@ impl Disk {
     }
 
     pub fn keys_above(&self, slot: usize) -> Vec<u64> {
-        real(&self.keys[..slot])
+        real(&self.slots[..slot].iter().map(|slot| slot.key).collect::<Vec<_>>())
     }
 
     /// Whether nothing in flight overlaps.
@@ -179,31 +289,35 @@ impl Disk {
     /// A filter has got a change, or has let go of it.
     pub fn note_change(&mut self, change: &Change) {
         self.moment += 1;
-        self.seen[change.slot].note(change, self.moment);
+        if let Some(place) = self.place_of(change.host) {
+            self.slots[place].seen.note(change, self.moment);
+        }
     }
 
-    /// Slots whose filters are to be told, one day, what they missed of such changes.
-    fn recorded(&self, op: Op) -> impl Iterator<Item = (usize, &Gaps)> {
-        let slots = self.roles.iter().zip(&self.gaps).enumerate();
-        slots.filter_map(move |(slot, (role, gaps))| {
-            gaps.as_ref().filter(|_| role.spec().ops.contains(op)).map(|gaps| (slot, gaps))
-        })
+    /// Slots whose filters see such changes: without exception, or are to be told, one day, what
+    /// they missed.
+    fn seeing(&self, op: Op) -> impl Iterator<Item = &Slot> {
+        let sees = move |slot: &&Slot| {
+            (slot.gaps.is_some() || slot.policy == OnFailure::Hold && !slot.is_leaving)
+                && slot.spec().ops.contains(op)
+        };
+        self.slots.iter().filter(sees)
     }
 
-    /// The guest hears that its change is made: each filter that may be bypassed has had it to
-    /// its end, or it is marked as missed.
+    /// The guest hears that its change is made: each filter that is waited for has had it to its
+    /// end; each one that may be bypassed, too, or it is marked as missed.
     fn check_missed(&mut self, request: &Request) -> Result<(), String> {
         let op = request.kind.op().expect("a change");
         let begun = self.begun[&request.id];
         let mut missed = 0;
-        for (slot, gaps) in self.recorded(op) {
+        for slot in self.seeing(op) {
             for sector in request.sectors.clone() {
-                let had = self.seen[slot].ended_since(sector, begun);
-                if !had && !gaps.has(sector) {
+                let had = self.slots_had(slot, sector, begun);
+                if !had && !slot.gaps.as_ref().is_some_and(|gaps| gaps.has(sector)) {
                     return Err(format!(
                         "the {} has missed sector {sector} of {request:?}, which is complete, and \
                          it is not recorded",
-                        self.roles[slot].name()
+                        slot.role.name()
                     ));
                 }
                 missed += u64::from(!had);
@@ -213,19 +327,24 @@ impl Disk {
         Ok(())
     }
 
+    fn slots_had(&self, slot: &Slot, sector: usize, begun: u64) -> bool {
+        slot.seen.ended_since(sector, begun) || slot.forgives && begun < slot.since
+    }
+
     /// At the end: no filter that may be bypassed has not even met what is on the disk, unless
     /// that is recorded; also where the guest was never told.
     pub fn check_unmet(&self) -> Result<(), String> {
         for sector in 0..self.guests {
             let Content::Stamp { request, .. } = self.content(sector) else { continue };
             let Some(begun) = self.begun.get(&request) else { continue };
-            for (slot, gaps) in self.recorded(Op::Write) {
-                if !self.seen[slot].met_since(sector, *begun) && !gaps.has(sector) {
+            for slot in self.seeing(Op::Write).filter(|slot| slot.since <= *begun) {
+                let is_marked = slot.gaps.as_ref().is_some_and(|gaps| gaps.has(sector));
+                if !slot.seen.met_since(sector, *begun) && !is_marked {
                     return Err(format!(
                         "disk {}: the {} has never met request {request}, which is what sector \
                          {sector} holds, and it is not recorded",
                         self.number,
-                        self.roles[slot].name()
+                        slot.role.name()
                     ));
                 }
             }
@@ -236,7 +355,9 @@ impl Disk {
     /// What the guest would read of a sector.
     fn content(&self, sector: usize) -> Content {
         let mut bytes = self.medium.sector(sector);
-        real(&self.keys).iter().for_each(|key| change(&mut bytes, *key, sector as u32));
+        self.keys_above(self.slots.len())
+            .iter()
+            .for_each(|key| change(&mut bytes, *key, sector as u32));
         parse(&bytes)
     }
 
@@ -397,7 +518,7 @@ impl Disk {
     /// Nothing is in flight and no splitter was ever skipped: the second disk is a copy.
     pub fn check_copy(&self) -> Result<u64, String> {
         let (Some(second), Some(slot)) =
-            (&self.second, self.roles.iter().position(|role| *role == Role::Splitter))
+            (&self.second, self.slots.iter().position(|slot| slot.role == Role::Splitter))
         else {
             return Ok(0);
         };

@@ -26,6 +26,7 @@ use crate::stamp::{Bytes, Content, SECTOR, change, parse};
 use crate::trace::Trace;
 
 const ECANCELED: i32 = -125;
+const EIO: i32 = -5;
 /// Most entries that a filter writes in one turn.
 const ENTRIES_OF_A_TURN: u32 = 3;
 /// Room for the data of an issued request.
@@ -206,7 +207,7 @@ struct Held {
 
 /// What a filter host knows of one of its places: one slot of one engine. Lost with it.
 #[derive(Debug, Default)]
-struct Desk {
+pub struct Desk {
     held: Vec<Held>,
     /// By the number of an issued request: what waits for it.
     issued: BTreeMap<u64, Submission>,
@@ -230,11 +231,11 @@ struct Desk {
     answered: BTreeSet<(u64, u64)>,
 }
 
-/// A place of a filter: a slot of a chain, in one engine of its disk.
+/// A place of a filter: its host, by number, in one engine of its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub engine: usize,
-    pub slot: usize,
+    pub host: usize,
 }
 
 /// What a cache knows of a sector.
@@ -262,6 +263,10 @@ pub struct Process {
     pub nonsense: u32,
     /// It has written some, in this life.
     babbled: bool,
+    /// It is new, and what it fails ends its trial.
+    pub is_on_trial: bool,
+    /// It fails what it gets.
+    pub fails: bool,
     /// The key of a changer.
     pub key: u64,
     pub up: bool,
@@ -304,6 +309,8 @@ impl Process {
             failing_starts: 0,
             nonsense: 0,
             babbled: false,
+            is_on_trial: false,
+            fails: false,
             places: Vec::new(),
             key,
             up: true,
@@ -322,6 +329,38 @@ impl Process {
         self.desks.push(Desk::default());
     }
 
+    /// Its instances on a disk are closed: what they kept of it is not what the next ones find.
+    pub fn close(&mut self, disk: u32) {
+        self.cache.retain(|(other, _), _| *other != disk);
+    }
+
+    /// It is closed at a place, and what it knew there is with who takes that place.
+    pub fn take_place(&mut self, place: Place) -> Desk {
+        let at = self.places.iter().position(|other| *other == place).expect("a place of its");
+        self.places.remove(at);
+        self.reads = std::mem::take(&mut self.reads)
+            .into_iter()
+            .filter(|((other, _), _)| *other != at)
+            .map(|((other, number), epochs)| ((other - usize::from(other > at), number), epochs))
+            .collect();
+        self.desks.remove(at)
+    }
+
+    /// It takes another one's place, with what the checks know of that.
+    pub fn give_place(&mut self, place: Place, desk: Desk) {
+        self.places.push(place);
+        self.desks.push(desk);
+    }
+
+    /// All requests at a place have ended, and it knows of none. If another one takes its place,
+    /// those that it watches may wait elsewhere.
+    pub fn check_drained(&self, place: usize, is_replaced: bool) {
+        let desk = &self.desks[place];
+        let watches = !is_replaced && !desk.watching.is_empty();
+        let is_drained = desk.held.is_empty() && desk.open.is_empty() && !watches;
+        assert!(is_drained, "a {} leaves its disk with requests: {desk:?}", self.role.name());
+    }
+
     /// Whether nothing is left with it.
     pub fn is_empty(&self) -> bool {
         let empty = |desk: &Desk| {
@@ -336,9 +375,9 @@ impl Process {
     /// It is dead. What it knew is lost; the checks remember what it owed, with what it had
     /// been sent and never took.
     pub fn die(&mut self, place: usize, world: &mut World) {
-        let slot = self.places[place].slot;
+        let host = self.places[place].host;
         let desk = &mut self.desks[place];
-        while let Some(entry) = world.hosts[slot].take() {
+        while let Some(entry) = world.hosts[host].take() {
             if matches!(entry.kind, submission_kind::START | submission_kind::DONE) {
                 desk.order.push(entry);
                 desk.open.insert(number(&entry), entry);
@@ -381,7 +420,7 @@ impl Process {
     pub fn break_ring(&mut self, place: usize, world: &mut World, random: &mut Random) {
         self.babbled = true;
         let head = (random.number() as u32 | 0x8000_0000).to_le_bytes();
-        let memory = &world.hosts[self.places[place].slot].memory;
+        let memory = &world.hosts[self.places[place].host].memory;
         memory.write(SUBMISSION_HEAD_OFFSET, &head).expect("in the ring");
     }
 
@@ -399,8 +438,8 @@ impl Process {
         if self.doom == Some(Step::Idle) {
             return Acted::Died;
         }
-        let slot = self.places[place].slot;
-        let free = world.hosts[slot].channel.completions.free().expect("the worker is sane");
+        let host = self.places[place].host;
+        let free = world.hosts[host].channel.completions.free().expect("the worker is sane");
         if free < ENTRIES_OF_A_TURN {
             // It waits for room, as a real one does.
             return Acted::Idle;
@@ -431,8 +470,8 @@ impl Turn<'_, '_> {
         &mut self.process.desks[self.place]
     }
 
-    fn slot(&self) -> usize {
-        self.process.places[self.place].slot
+    fn host(&self) -> usize {
+        self.process.places[self.place].host
     }
 
     /// Whether it dies here.
@@ -443,11 +482,11 @@ impl Turn<'_, '_> {
 
     fn note(&mut self, what: std::fmt::Arguments) {
         let Turn { process, place, view, tools, .. } = self;
-        let Place { engine, slot } = process.places[*place];
+        let Place { engine, host } = process.places[*place];
         let name = process.role.name();
         tools
             .trace
-            .add(view.now_ns, format_args!("  {name} (engine {engine}, slot {slot}) {what}"));
+            .add(view.now_ns, format_args!("  {name} (engine {engine}, host {host}) {what}"));
     }
 
     fn act(&mut self) -> bool {
@@ -461,8 +500,8 @@ impl Turn<'_, '_> {
                 return true;
             }
         }
-        let slot = self.slot();
-        let Some(entry) = self.world.hosts[slot].take() else { return false };
+        let host = self.host();
+        let Some(entry) = self.world.hosts[host].take() else { return false };
         match entry.kind {
             submission_kind::START => self.start(&entry),
             submission_kind::DONE => self.done(&entry),
@@ -477,7 +516,7 @@ impl Turn<'_, '_> {
     fn babble(&mut self) -> bool {
         self.process.nonsense -= 1;
         self.process.babbled = true;
-        let slot = self.slot();
+        let host = self.host();
         let random = &mut self.tools.random;
         // A delivery that there never was: serials do not come so far.
         let token = random.number() | 1 << 63;
@@ -495,7 +534,7 @@ impl Turn<'_, '_> {
             // Too long, whoever it is from.
             (entry.offset, entry.length) = (random.number(), u32::MAX);
         }
-        self.world.hosts[slot].say(entry);
+        self.world.hosts[host].say(entry);
         self.note(format_args!("says nonsense"));
         true
     }
@@ -592,8 +631,8 @@ impl Turn<'_, '_> {
     /// It has got or let go of a request that changes the disk.
     fn note_change(&mut self, entry: &Submission, ended: bool) {
         if op_of(entry).is_modification() {
-            let (slot, sectors) = (self.slot(), sectors_of(entry));
-            self.process.changes.push(Change { slot, sectors, ended });
+            let (host, sectors) = (self.host(), sectors_of(entry));
+            self.process.changes.push(Change { host, sectors, ended });
         }
     }
 
@@ -605,13 +644,13 @@ impl Turn<'_, '_> {
         if let Some(write) = self.desk().writes.remove(&number(to)) {
             self.desk().answered.insert(write);
         }
-        let slot = self.slot();
-        self.world.hosts[slot].answer_with(to, code, status, cookie);
+        let host = self.host();
+        self.world.hosts[host].answer_with(to, code, status, cookie);
     }
 
     fn hold(&mut self, entry: &Submission, why: Why) {
-        let slot = self.slot();
-        self.world.hosts[slot].hold(entry);
+        let host = self.host();
+        self.world.hosts[host].hold(entry);
         self.desk().held.push(Held { entry: *entry, why });
     }
 
@@ -630,6 +669,12 @@ impl Turn<'_, '_> {
         self.check(entry);
         self.check_write(entry);
         self.note_change(entry, false);
+        if self.process.fails {
+            // Its trial ends with that: nobody hears it.
+            self.process.babbled = true;
+            let host = self.host();
+            return self.world.hosts[host].answer_with(entry, verdict::FAIL, EIO, 0);
+        }
         if self.reaches(Step::Taken) {
             return;
         }
@@ -702,10 +747,11 @@ impl Turn<'_, '_> {
         let id = self.process.next_issue;
         self.process.next_issue += 1;
         let has_data = op_of(entry) == Op::Write;
-        let slot = self.slot();
-        // All filters of an engine have one arena for this here: each has a part.
-        let at = (slot as u64 * ISSUED_MAX as u64 + id % ISSUED_MAX as u64) * ISSUE_ROOM;
+        let host = self.host();
         let splits = self.process.role == Role::Splitter;
+        // All filters of an engine have one arena for this here: each has a part.
+        let part = u64::from(splits) * ISSUED_MAX as u64;
+        let at = (part + id % ISSUED_MAX as u64) * ISSUE_ROOM;
         let (disk, offset, length) = match splits {
             true => (1, entry.offset, entry.length),
             false => {
@@ -721,7 +767,7 @@ impl Turn<'_, '_> {
             self.world.issue_arena.write(at as usize, &bytes).expect("room");
         }
         self.desk().issued.insert(id, *entry);
-        self.world.hosts[slot].say(Completion {
+        self.world.hosts[host].say(Completion {
             kind: completion_kind::ISSUE,
             code: entry.op,
             token: id,

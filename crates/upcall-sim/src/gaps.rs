@@ -88,7 +88,7 @@ impl Seen {
 /// A change of the disk that a filter was asked about.
 #[derive(Clone, Debug)]
 pub struct Change {
-    pub slot: usize,
+    pub host: usize,
     pub sectors: std::ops::Range<u64>,
     /// It has let go of it; otherwise, it has just got it.
     pub ended: bool,

@@ -7,6 +7,7 @@
 //! | `simulation` | the scheduler: who has a turn, when faults begin, how a world ends |
 //! | `simulation::migration` | the guest moves to another host, whose memory is compared |
 //! | `guest` | drivers that fill rings, and look at what comes back |
+//! | `changes` | chains that change meanwhile, as production's machines say |
 //! | `spy` | what a ring hands out, noted |
 //! | `filters` | filter hosts, played, with the points at which they die |
 //! | `gaps` | what bypassed filters miss: the record, and the truth that it is held against |
@@ -24,6 +25,7 @@
 #![allow(missing_docs, reason = "nobody builds on it; the modules say what is what")]
 
 mod campaign;
+mod changes;
 mod coverage;
 mod disk;
 mod filters;

@@ -40,12 +40,16 @@ pub struct Faults {
     pub worker_death: u64,
     /// The guest begins to move to another host.
     pub migration: u64,
+    /// Not a fault, but among them.
+    pub chain_change: u64,
 }
 
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub disks: Vec<DiskPlan>,
+    /// By role.
+    policies: [OnFailure; Role::ALL.len()],
     /// One filter host for all disks that have the same filter.
     pub shares_hosts: bool,
     /// Steps with faults.
@@ -84,6 +88,7 @@ impl Plan {
             faults.power_cut = rate(random, 400);
             faults.worker_death = rate(random, 1500);
         }
+        faults.chain_change = if random.one_in(2) { random.range(300, 4_000) } else { 0 };
         // A filter that hangs is only noticed by its deadline.
         let deadline_ms = match faults.filter_hang {
             0 => random.pick(&[0, 20, 1_000]),
@@ -98,6 +103,7 @@ impl Plan {
             deadline_ms,
             recovery,
             disks,
+            policies,
             shares_hosts,
             steps: random.range(1_000, 8_000) as usize,
             overlaps: random.pick(&[0, 0, 100, 500, 1000]),
@@ -112,6 +118,11 @@ impl Plan {
         if random.one_in(3) {
             self.faults.migration = random.range(200, 3000);
         }
+    }
+
+    /// What becomes of a filter's requests while it is gone, wherever it is.
+    pub fn policy_of(&self, role: Role) -> OnFailure {
+        self.policies[Role::ALL.iter().position(|other| *other == role).unwrap_or(0)]
     }
 
     /// Makes sure that what the canary does can matter.

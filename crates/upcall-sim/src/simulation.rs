@@ -20,6 +20,7 @@ use upcall_vhost::crash;
 use upcall_vhost::mock::{Device, Memory};
 use upcall_worker::sim::{Making, World};
 
+use crate::changes::Going;
 use crate::coverage::Coverage;
 use crate::disk::{Disk, Excuse};
 use crate::filters::{Acted, Place, Process, Role, Step, Tools, View};
@@ -37,14 +38,16 @@ const MEMORY: usize = 8 << 20;
 const PATIENCE_NS: u64 = 120_000_000_000;
 /// Turns after the last fault, so that a world that runs in circles is noticed.
 const TURNS_MAX: usize = 400_000;
-const MS: u64 = 1_000_000;
+/// Filters that a disk has room for beyond those at the start of a worker.
+const SPARE_ROOMS: usize = 8;
+pub(crate) const MS: u64 = 1_000_000;
 
 /// An engine, and the ring that it serves.
-struct Seat {
-    world: World,
+pub(crate) struct Seat {
+    pub(crate) world: World,
     device: Device,
     notes: Notes,
-    disk: usize,
+    pub(crate) disk: usize,
     ring: usize,
     /// A stop under way, and what follows it.
     stopping: Option<(Stopped, After)>,
@@ -66,18 +69,22 @@ enum After {
 
 /// One world. See the module.
 pub struct Simulation {
-    plan: Plan,
-    random: Random,
-    now_ns: u64,
-    memory: Arc<Memory>,
-    disks: Vec<Disk>,
-    processes: Vec<Process>,
-    seats: Vec<Seat>,
+    pub(crate) plan: Plan,
+    pub(crate) random: Random,
+    pub(crate) now_ns: u64,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) processes: Vec<Process>,
+    pub(crate) seats: Vec<Seat>,
     weather_until_ns: u64,
     next_request: u64,
     completed: u64,
     /// No faults any more.
-    calm: bool,
+    pub(crate) calm: bool,
+    /// A change of chains on its way, or on trial.
+    pub(crate) change: Option<Going>,
+    /// Where filters were that have left.
+    pub(crate) vacated: Vec<Place>,
     /// The worker dies after so many stores to memory that outlives it.
     death_in: Option<u64>,
     /// The guest is on its way to another host.
@@ -120,6 +127,8 @@ impl Simulation {
             next_request: 1,
             completed: 0,
             calm: false,
+            change: None,
+            vacated: Vec::new(),
             death_in: None,
             migration: None,
             moves,
@@ -155,8 +164,13 @@ impl Simulation {
     fn set_up(&mut self) {
         self.processes = Vec::new();
         self.seats = Vec::new();
-        for gaps in self.disks.iter_mut().flat_map(|disk| &mut disk.gaps).flatten() {
-            gaps.lose_worker(&mut self.random);
+        self.change = None;
+        self.vacated.clear();
+        for disk in &mut self.disks {
+            disk.begin_life();
+            for gaps in disk.slots.iter_mut().filter_map(|slot| slot.gaps.as_mut()) {
+                gaps.lose_worker(&mut self.random);
+            }
         }
         for at in 0..self.disks.len() {
             let hosts = self.hosts_of(at);
@@ -165,8 +179,8 @@ impl Simulation {
                 world.pass(self.now_ns);
                 let device = self.disks[at].device(world.info.ops, &self.memory);
                 let engine = self.seats.len();
-                for (slot, host) in hosts.iter().enumerate() {
-                    self.processes[*host].add_place(Place { engine, slot });
+                for (host, process) in hosts.iter().enumerate() {
+                    self.processes[*process].add_place(Place { engine, host });
                 }
                 let notes = Notes::default();
                 self.seats.push(Seat { world, device, notes, disk: at, ring, stopping: None });
@@ -183,13 +197,13 @@ impl Simulation {
     fn hosts_of(&mut self, at: usize) -> Vec<usize> {
         let disk = &self.disks[at];
         let mut hosts = Vec::new();
-        for (slot, role) in disk.roles.iter().enumerate() {
-            let known = self.processes.iter().position(|known| known.role == *role);
+        for slot in &disk.slots {
+            let known = self.processes.iter().position(|known| known.role == slot.role);
             hosts.push(match known.filter(|_| self.plan.shares_hosts) {
                 Some(known) => known,
                 None => {
-                    let (key, policy) = (disk.keys[slot], disk.policies[slot]);
-                    let process = Process::new(*role, key, policy, self.plan.recovery);
+                    let recovery = self.plan.recovery;
+                    let process = Process::new(slot.role, slot.key, slot.policy, recovery);
                     self.processes.push(process);
                     self.processes.len() - 1
                 }
@@ -205,14 +219,15 @@ impl Simulation {
             let (queue, _) = medium.open_queue();
             lanes.push((Box::new(queue) as Box<dyn upcall_block::StoreQueue>, medium.info()));
         }
-        let (mut making, _) = Making::new(disk.roles.iter().map(|role| role.spec()).collect());
-        making.issues = disk.roles.iter().map(|role| role.issues()).collect();
-        making.on_failure.clone_from(&disk.policies);
-        for (slot, gaps) in disk.gaps.iter_mut().enumerate() {
-            if let Some(gaps) = gaps {
-                making.record_gaps(slot, &gaps.way());
+        let (mut making, _) = Making::new(disk.slots.iter().map(|slot| slot.spec()).collect());
+        making.issues = disk.slots.iter().map(|slot| slot.role.issues()).collect();
+        making.on_failure = disk.slots.iter().map(|slot| slot.policy).collect();
+        for (place, slot) in disk.slots.iter_mut().enumerate() {
+            if let Some(gaps) = &mut slot.gaps {
+                making.record_gaps(place, &gaps.way());
             }
         }
+        making.spare_rooms = SPARE_ROOMS;
         making.deadline_ms = self.plan.deadline_ms;
         making.lanes = lanes;
         making.entries = self.plan.entries;
@@ -223,7 +238,7 @@ impl Simulation {
         World::new(making)
     }
 
-    fn note(&mut self, what: std::fmt::Arguments) {
+    pub(crate) fn note(&mut self, what: std::fmt::Arguments) {
         self.trace.add(self.now_ns, what);
     }
 
@@ -237,6 +252,7 @@ impl Simulation {
                 self.migrate();
             }
             self.start_due();
+            self.carry_change();
         }
         self.calm_down();
         self.finish();
@@ -400,7 +416,7 @@ impl Simulation {
     }
 
     /// The guest looks at what came back; whether there was something.
-    fn reap(&mut self, at: usize) -> bool {
+    pub(crate) fn reap(&mut self, at: usize) -> bool {
         if self.is_paused() {
             return false;
         }
@@ -426,10 +442,10 @@ impl Simulation {
 
     /// A filter host has a turn at one of its places; whether it did something.
     fn act(&mut self, process: usize, place: usize) -> bool {
-        let Place { engine, slot } = self.processes[process].places[place];
+        let Place { engine, host } = self.processes[process].places[place];
         let seat = &mut self.seats[engine];
         let disk = &self.disks[seat.disk];
-        let keys_above = disk.keys_above(slot);
+        let keys_above = disk.keys_above(disk.place_of(host).expect("a slot of the chain"));
         let view = View {
             disk: disk.number,
             guests: disk.guests,
@@ -483,7 +499,7 @@ impl Simulation {
         let may_fail = !self.calm && self.plan.faults.failing_store > 0;
         let fails = may_fail && self.random.one_in(20);
         let disk = &mut self.disks[at];
-        let mut gaps = disk.gaps.iter_mut().flatten();
+        let mut gaps = disk.slots.iter_mut().filter_map(|slot| slot.gaps.as_mut());
         match gaps.find_map(|gaps| gaps.act(&mut self.random, fails)) {
             None => return false,
             Some(true) => self.coverage.count("seen: gap marked"),
@@ -534,6 +550,9 @@ impl Simulation {
                 self.death_in = Some(self.random.range(0, 40));
             }
         }
+        if happens(&mut self.random, faults.chain_change) {
+            self.begin_change();
+        }
         if happens(&mut self.random, faults.power_cut) {
             self.cut_power();
         }
@@ -553,8 +572,9 @@ impl Simulation {
 
     /// The worker dies with its filter hosts, and another one takes over what it left: the
     /// guest's memory, what the hypervisor keeps, the media.
-    fn lose_worker(&mut self) {
+    pub(crate) fn lose_worker(&mut self) {
         self.note(format_args!("the worker dies"));
+        self.lose_change();
         // The next one may die soon, too.
         let soon = !self.calm && self.random.one_in(3);
         self.death_in = soon.then(|| self.random.range(0, 12));
@@ -580,6 +600,7 @@ impl Simulation {
     fn cut_power(&mut self) {
         self.note(format_args!("the power is cut"));
         self.coverage.count("fault: power cut");
+        self.lose_change();
         self.death_in = None;
         self.forget_migration();
         self.seats.clear();
@@ -630,20 +651,24 @@ impl Simulation {
     }
 
     /// A filter host dies. What follows is decided by the recovery of production.
-    fn kill(&mut self, at: usize) {
+    pub(crate) fn kill(&mut self, at: usize) {
         let process = &mut self.processes[at];
         for place in 0..process.places.len() {
-            let Place { engine, slot } = process.places[place];
+            let Place { engine, host } = process.places[place];
             let seat = &mut self.seats[engine];
             process.die(place, &mut seat.world);
-            seat.world.lose_host(slot);
-            self.disks[seat.disk].lose_filter(process.role, process.on_failure);
+            seat.world.lose_host(host);
+            if !process.is_on_trial {
+                self.disks[seat.disk].lose_filter(process.role, process.on_failure);
+            }
         }
         process.end();
         if self.random.one_in(8) && !self.calm {
             process.failing_starts = self.random.range(1, 3) as u32;
         }
-        let failed = process.recovery.handle_failure(self.now_ns, process.is_needed());
+        let failed = process
+            .recovery
+            .handle_failure(self.now_ns, process.is_needed() || process.is_on_trial);
         self.count_failure(at, failed);
     }
 
@@ -661,7 +686,7 @@ impl Simulation {
     fn start_due(&mut self) -> bool {
         let mut busy = false;
         for at in 0..self.processes.len() {
-            if self.processes[at].up || !self.is_quiet(at) {
+            if !self.is_startable(at) {
                 continue;
             }
             let process = &mut self.processes[at];
@@ -679,7 +704,7 @@ impl Simulation {
             process.recovery.handle_started();
             process.up = true;
             let (role, policy) = (process.role, process.on_failure);
-            for Place { engine, slot } in process.places.clone() {
+            for Place { engine, host } in process.places.clone() {
                 let seat = &mut self.seats[engine];
                 // All that the second disk has are copies, and those of the dead would come
                 // after newer ones.
@@ -688,7 +713,7 @@ impl Simulation {
                     role != Role::Splitter || late == 0,
                     "the next splitter comes, and {late} writes of the dead one can come late"
                 );
-                seat.world.return_host(slot);
+                seat.world.return_host(host);
                 self.disks[seat.disk].return_filter(role, policy, self.now_ns);
             }
             self.coverage.count("seen: filter started again");
@@ -700,18 +725,24 @@ impl Simulation {
     /// Whether all engines have said that nothing of a dead host can come late.
     fn is_quiet(&self, at: usize) -> bool {
         let mut places = self.processes[at].places.iter();
-        places.all(|Place { engine, slot }| self.seats[*engine].world.is_quiet(*slot))
+        places.all(|Place { engine, host }| self.seats[*engine].world.is_quiet(*host))
+    }
+
+    fn is_startable(&self, at: usize) -> bool {
+        let process = &self.processes[at];
+        !process.up && !process.is_on_trial && self.is_quiet(at) && !self.is_changed(process)
     }
 
     /// Filter hosts that an engine wants killed are.
     fn kill_given_up(&mut self, engine: usize) {
         let given_up: Vec<(usize, String)> =
             std::mem::take(&mut *self.seats[engine].world.given_up.lock().expect("lock"));
-        for (slot, why) in given_up {
-            self.note(format_args!("engine {engine} gives up the host of slot {slot}: {why}"));
-            let place = Place { engine, slot };
+        for (host, why) in given_up {
+            self.note(format_args!("engine {engine} gives up host {host}: {why}"));
+            let place = Place { engine, host };
             let whose = self.processes.iter().position(|process| process.places.contains(&place));
-            let whose = whose.expect("a filter host at each slot");
+            // It may have left the chain meanwhile.
+            let Some(whose) = whose else { continue };
             if self.processes[whose].up {
                 self.coverage.count("seen: filter given up");
                 self.kill(whose);
@@ -790,7 +821,7 @@ impl Simulation {
     fn finish(&mut self) {
         let until_ns = self.now_ns + PATIENCE_NS;
         for _ in 0..TURNS_MAX {
-            let mut busy = self.start_due() | self.migrate();
+            let mut busy = self.start_due() | self.carry_change() | self.migrate();
             for seat in 0..self.seats.len() {
                 busy |= self.turn(seat);
             }
@@ -830,12 +861,14 @@ impl Simulation {
         let engines = engines.filter_map(|seat| seat.world.wakes_in_ns());
         let engines = engines.map(|ns| self.now_ns + ns.max(1));
         let starts = (0..self.processes.len())
-            .filter(|at| !self.processes[*at].up && self.is_quiet(*at))
+            .filter(|at| self.is_startable(*at))
             .filter_map(|at| self.processes[at].recovery.start_at_ns());
-        media.chain(engines).chain(starts).min()
+        media.chain(engines).chain(starts).chain(self.change_due_ns()).min()
     }
 
     fn check_end(&mut self) {
+        assert!(self.change.is_none(), "a change of chains never ends");
+        self.check_vacated();
         for disk in &self.disks {
             let left: Vec<&Request> = disk.open.values().collect();
             assert!(left.is_empty(), "disk {}: requests never end: {left:?}", disk.number);
@@ -859,10 +892,10 @@ impl Simulation {
         }
         self.coverage.add("requests completed", self.completed);
         self.coverage.add("virtual ms", self.now_ns / MS);
-        let roles: BTreeMap<&str, u64> = self.disks.iter().flat_map(|disk| &disk.roles).fold(
+        let roles: BTreeMap<&str, u64> = self.disks.iter().flat_map(|disk| &disk.slots).fold(
             BTreeMap::new(),
-            |mut roles, role| {
-                *roles.entry(role.name()).or_default() += 1;
+            |mut roles, slot| {
+                *roles.entry(slot.role.name()).or_default() += 1;
                 roles
             },
         );

@@ -62,15 +62,20 @@ fn bugs_planted_in_the_worker_are_seen() {
         "bypass-without-mark",
         "end-in-flight",
         "error-into-success",
+        "leave-unrecorded",
         "report-to-the-next",
         "retry-out-of-order",
         "retry-twice",
         "retry-without-image",
+        "still-too-early",
         "stop-before-end",
+        "successor-without-image",
+        "swap-without-chain",
+        "trial-shows-late-failure",
     ];
     for name in names {
         let output = Command::new(env!("CARGO_BIN_EXE_upcall-sim"))
-            .args(["--seeds", "200"])
+            .args(["--seeds", "600"])
             .env("UPCALL_PLANT", name)
             .env_remove("UPCALL_SEED")
             .output()

@@ -40,7 +40,7 @@ enum Phase {
 
 impl Migration {
     /// Whether the guest stands still.
-    pub(super) fn is_paused(&self) -> bool {
+    pub(crate) fn is_paused(&self) -> bool {
         !matches!(self.phase, Phase::Copying)
     }
 
@@ -78,7 +78,7 @@ impl Migration {
 
 impl Simulation {
     /// Whether the guest stands still.
-    pub(super) fn is_paused(&self) -> bool {
+    pub(crate) fn is_paused(&self) -> bool {
         self.migration.as_ref().is_some_and(Migration::is_paused)
     }
 
@@ -113,6 +113,8 @@ impl Simulation {
     pub(super) fn migrate(&mut self) -> bool {
         let Some(Migration { phase, .. }) = &self.migration else { return false };
         match phase {
+            // Time is to pass.
+            Phase::Copying if self.calm && self.change.is_some() => return false,
             Phase::Copying => self.copy_some(),
             Phase::Stopping(places) => match places.iter().copied().collect() {
                 Some(places) => self.end_copying(places),
@@ -147,6 +149,10 @@ impl Simulation {
             page.into_iter().for_each(|page| on.copy(&memory, page));
         }
         if !self.calm && !moves.one_in(60) {
+            return;
+        }
+        if self.change.is_some() {
+            // That of the chains ends first, and no other one begins.
             return;
         }
         if moves.one_in(4) {

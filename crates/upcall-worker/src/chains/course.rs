@@ -55,7 +55,7 @@ pub(super) fn change(
             return planned.map(|plans| changed(core, &plans, 0, true));
         }
     };
-    let has_trial = settle_trial(core, &mut plans);
+    let has_trial = settle_trial(&mut plans);
     let (trial_ended, trial) = channel();
     let mut course = Course::new(core, plans, change.drain_ms);
     let done = course.run(Some(trial_ended));
@@ -102,29 +102,14 @@ pub(super) fn change(
     })
 }
 
-/// Whether there is a trial: not if filters that decide data come or go with the change, on any of
-/// its disks. What was written through them, or past them, cannot be read as it was before.
-fn settle_trial(core: &Core, plans: &mut [DiskPlan]) -> bool {
-    let news = |plan: &DiskPlan| -> Vec<(Option<usize>, bool)> {
-        let new = plan.slots.iter().filter_map(|slot| match slot {
-            Planned::New(new) => Some((new.replaces, new.slot.spec.decides_data())),
-            Planned::Stays(..) => None,
-        });
-        new.collect()
-    };
-    let is_final = plans.iter().any(|plan| {
-        let news = news(plan);
-        let comes = news.iter().any(|(replaces, decides)| replaces.is_none() && *decides);
-        let goes = plan.leaving.iter().any(|place| {
-            let is_replaced = news.iter().any(|(replaces, _)| *replaces == Some(*place));
-            !is_replaced && core.disks[plan.disk].slots[*place].spec.decides_data()
-        });
-        comes || goes
-    });
+/// Whether there is a trial: not if a part of the change, on any of its disks, cannot be taken
+/// back.
+fn settle_trial(plans: &mut [DiskPlan]) -> bool {
+    let can_be_taken_back = plans.iter().all(|plan| plan.outline.can_be_taken_back());
     let mut has_trial = false;
     for slot in plans.iter_mut().flat_map(|plan| &mut plan.slots) {
         if let Planned::New(new) = slot {
-            new.is_on_trial &= !is_final;
+            new.is_on_trial &= can_be_taken_back;
             has_trial |= new.is_on_trial;
         }
     }

@@ -7,7 +7,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use upcall_chain::{
-    Chain, ChainError, Entry, Generation, OnFailure, SlotSpec, default_deadline_ms,
+    Chain, ChainError, Entry, Generation, OnFailure, Outline, Present, SlotSpec,
+    default_deadline_ms,
 };
 use upcall_filterhost::{Description, FilterFile, Placement, params};
 
@@ -31,6 +32,7 @@ pub(super) struct DiskPlan {
     /// For a disk that has no arena and needs one.
     pub(super) new_arena: Option<ArenaMemory>,
     pub(super) may_stay: MayStay,
+    pub(super) outline: Outline,
 }
 
 /// A place in the next chain.
@@ -261,14 +263,26 @@ fn finish(
                 .into(),
         ));
     }
-    let same_shape = chain.has_shape_of(&disk.chain);
+    let is_replaced = |place: usize| news().any(|new| new.replaces == Some(place));
+    let present: Vec<Present> = disk
+        .slots
+        .iter()
+        .enumerate()
+        .map(|(place, slot)| Present {
+            spec: slot.spec.clone(),
+            has_successor: !leaving.contains(&place) || is_replaced(place),
+            // Of its grants, and of what it misses while it is out of the chain.
+            leaves_for_good: !slot.config.grants.is_empty() || slot.gaps.is_some(),
+        })
+        .collect();
+    let comes = news().filter(|new| new.replaces.is_none()).map(|new| &new.slot.spec);
+    let outline = Outline::new(&disk.chain, &chain, &present, comes);
     let mut may_stay = MayStay::default();
     for &place in &leaving {
         let slot = &disk.slots[place];
-        let is_replaced = news().any(|new| new.replaces == Some(place));
-        match is_replaced {
-            true if same_shape => may_stay.replaced.push(slot.instance),
-            false if !slot.spec.decides_data() => may_stay.leaving.push(slot.instance),
+        match is_replaced(place) {
+            true if outline.may_await_successor() => may_stay.replaced.push(slot.instance),
+            false if Outline::may_go_past(&slot.spec) => may_stay.leaving.push(slot.instance),
             _ => {}
         }
     }
@@ -287,17 +301,12 @@ fn finish(
             give_room(memory, number as u32, before, new)
                 .map_err(|why| ChangeError::Refused { disk: name.to_string(), why })?;
         }
-        // What an attached filter has changed cannot be taken back; one that is replaced by
-        // another kind cannot hand its requests back.
-        let can_go_back = match new.replaces {
-            Some(_) => same_shape,
-            None => !new.slot.spec.decides_data(),
-        };
-        new.is_on_trial =
-            has_trial && can_go_back && new.slot.config.placement == Placement::Isolated;
+        new.is_on_trial = has_trial
+            && outline.can_try(&new.slot.spec, new.replaces.is_some())
+            && new.slot.config.placement == Placement::Isolated;
     }
     let chain = Arc::new(chain);
-    Ok(DiskPlan { disk: number, chain, slots, leaving, new_arena, may_stay })
+    Ok(DiskPlan { disk: number, chain, slots, leaving, new_arena, may_stay, outline })
 }
 
 /// Gives a new filter the disk's data pages, as far as it may see them, and room for the data of

@@ -114,10 +114,11 @@ impl Engine {
             && !flight.flight.is_cancelled()
             && (matches!(verdict, Verdict::Fail(_))
                 || flight.flight.violation_of(chain, visit.slot, verdict).is_some());
-        if fails && self.parts.links[link].is_up() {
+        let is_first = self.parts.links[link].is_up();
+        if fails && is_first {
             self.give_up(link, "it failed a request while it was on trial", false);
         }
-        fails
+        fails && (is_first || !is_planted("trial-shows-late-failure"))
     }
 
     /// Tells a flight what its filter said.

@@ -117,7 +117,10 @@ impl Engine {
         if access == DataAccess::None {
             return NO_DATA;
         }
-        if access == DataAccess::Change && self.parts.slots[slot.index()].keeps_images {
+        // Who takes the place of one on trial finds what that has half changed, whatever its policy.
+        let succeeds = again && !is_planted("successor-without-image");
+        let keeps_images = self.parts.slots[slot.index()].keeps_images || succeeds;
+        if access == DataAccess::Change && keeps_images {
             let page = self.parts.arenas[arena].buffers(slice, flight.range.length());
             if again && is_planted("retry-without-image") {
                 // Whatever the dead instance left there.

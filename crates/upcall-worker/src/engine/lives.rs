@@ -140,7 +140,7 @@ impl Engine {
     }
 
     /// The filter that a request is at is skipped, when what it misses is recorded.
-    fn skip(&mut self, number: u32) -> Option<Action> {
+    pub(super) fn skip(&mut self, number: u32) -> Option<Action> {
         if self.is_recorded(number) { self.pass_by(number) } else { None }
     }
 

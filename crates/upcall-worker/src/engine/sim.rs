@@ -23,7 +23,10 @@ use upcall_ring::{Access, Arena, Buffers, Doorbell, Mapping, memfd};
 use upcall_stats::{HopKind, HopSnapshot, HopSpec, Page, PageReader};
 use upcall_store::MemoryStore;
 
-use super::{Clock, Command, Engine, Lane, Life, Link, MarkGaps, Parts, Slot, Way};
+use super::{
+    Clock, Command, Engine, Lane, Life, Link, MakeUp, MarkGaps, MayStay, NextSlot, Parts, Slot,
+    Way, deadline_ns,
+};
 use crate::direct::{DirectClient, direct_queue};
 use crate::hosts::{HostId, HostNews};
 
@@ -278,6 +281,39 @@ pub struct Making {
     pub pages: usize,
     /// Time stands still until [`World::pass`]; otherwise it is the system's.
     pub plays_clock: bool,
+    /// Room for so many filters more than there are at first.
+    pub spare_rooms: usize,
+}
+
+/// A place in the chain that a disk is given while it is served.
+pub enum Next {
+    /// That of an instance that stays.
+    Stays {
+        /// Its number.
+        instance: u32,
+        /// What becomes of requests while it is gone.
+        on_failure: OnFailure,
+    },
+    /// That of a new one, whose host is the next in [`World::hosts`].
+    Comes(Newcomer),
+}
+
+/// A filter that comes into a chain.
+pub struct Newcomer {
+    /// Its number, unique in the chain.
+    pub instance: u32,
+    /// Whether it issues requests.
+    pub issues: bool,
+    /// What becomes of requests while it is gone.
+    pub on_failure: OnFailure,
+    /// Where it is recorded what it misses; not if it takes over another one's record.
+    pub gaps: Option<GapKeeper>,
+    /// The instance whose place it takes.
+    pub replaces: Option<u32>,
+    /// From 1; nobody else's. Who takes another one's place has its room.
+    pub room: usize,
+    /// What it fails is not shown, but ends its trial.
+    pub is_on_trial: bool,
 }
 
 impl Making {
@@ -300,6 +336,7 @@ impl Making {
             entries: 64,
             pages: 64,
             plays_clock: false,
+            spare_rooms: 0,
         };
         (making, keeper)
     }
@@ -316,7 +353,7 @@ fn mapping(size: usize) -> Arc<Mapping> {
 }
 
 /// One life of a played host, and the engine's way to it.
-fn a_life(index: usize, entries: u32, wake: &Doorbell, issue_arena: &Arc<Mapping>) -> (Host, Way) {
+fn a_life(instance: u32, entries: u32, wake: &Doorbell, issue_arena: &Arc<Mapping>) -> (Host, Way) {
     let (channel, fd) = Channel::create(entries).unwrap();
     let doorbell = Doorbell::new().unwrap();
     let size = channel_size(entries);
@@ -325,7 +362,7 @@ fn a_life(index: usize, entries: u32, wake: &Doorbell, issue_arena: &Arc<Mapping
         memory: Mapping::new(fd.as_fd(), 0, size, Access::ReadWrite).unwrap(),
         doorbell: doorbell.clone(),
         worker: wake.clone(),
-        instance: index as u32,
+        instance,
     };
     (host, Way { channel, doorbell, issue_arena: Some(issue_arena.clone()) })
 }
@@ -339,7 +376,7 @@ pub struct World {
     now_ns: Arc<AtomicU64>,
     /// The guest.
     pub client: DirectClient,
-    /// In the order of the chain.
+    /// In the order of the chain; after those, in the order in which they came.
     pub hosts: Vec<Host>,
     /// The guest's memory.
     pub guest: Arc<Mapping>,
@@ -361,8 +398,9 @@ pub struct World {
     entries: u32,
     /// What the guest is offered.
     pub info: DiskInfo,
-    _page: Page,
+    page: Page,
     page_path: PathBuf,
+    deadline_ns: u64,
 }
 
 impl World {
@@ -375,8 +413,9 @@ impl World {
         };
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = making.specs.len();
+        let rooms = count + making.spare_rooms;
         let arena_bytes = making.pages * 4096;
-        let arena = mapping(arena_bytes * (1 + count));
+        let arena = mapping(arena_bytes * (1 + rooms));
         let issue_arena = mapping(ISSUE_ARENA_SIZE as usize);
         let page_path = std::env::temp_dir().join(format!(
             "upcall-world-{}-{}",
@@ -384,15 +423,15 @@ impl World {
             COUNT.fetch_add(1, Ordering::Relaxed)
         ));
         let hop = |kind| HopSpec { disk: "d".into(), name: "h".into(), kind, queues: 1 };
-        let mut kinds = vec![HopKind::Filter; count + 2];
-        (kinds[0], kinds[count + 1]) = (HopKind::Request, HopKind::Store);
+        let mut kinds = vec![HopKind::Filter; rooms + 2];
+        (kinds[0], kinds[rooms + 1]) = (HopKind::Request, HopKind::Store);
         let page = Page::create(Some(&page_path), &kinds.into_iter().map(hop).collect::<Vec<_>>())
             .unwrap();
         let wake = Doorbell::new().unwrap();
         let (mut links, mut hosts, mut slots) = (Vec::new(), Vec::new(), Vec::new());
         let granted = making.lanes.len() - 1;
         for index in 0..count {
-            let (host, way) = a_life(index, making.entries, &wake, &issue_arena);
+            let (host, way) = a_life(index as u32, making.entries, &wake, &issue_arena);
             hosts.push(host);
             links.push(Link::new(HostId(index), format!("f{index}").as_str().into(), way));
             slots.push(Slot {
@@ -402,10 +441,7 @@ impl World {
                 grants: (1..=granted).collect(),
                 arena: 1 + index,
                 on_failure: making.on_failure[index],
-                deadline_ns: match making.deadline_ms {
-                    0 => u64::MAX,
-                    ms => ms * 1_000_000,
-                },
+                deadline_ns: deadline_ns(making.deadline_ms, false),
                 keeps_images: making.on_failure[index] == OnFailure::Hold,
                 gaps: making.gaps[index].take(),
                 detached: false,
@@ -434,11 +470,11 @@ impl World {
             lanes: lanes.collect(),
             slots,
             links,
-            arenas: (0..=count)
+            arenas: (0..=rooms)
                 .map(|at| Arena::new(arena.clone(), at * arena_bytes, arena_bytes).unwrap())
                 .collect(),
             request_stats: page.block(0, 0),
-            store_stats: page.block(count + 1, 0),
+            store_stats: page.block(rooms + 1, 0),
             log: Arc::new(move |_, text| log_sink.lock().unwrap().push(text.to_owned())),
             tell: Arc::new(move |news| {
                 match news {
@@ -470,7 +506,8 @@ impl World {
             killed: 0,
             entries: making.entries,
             info,
-            _page: page,
+            page,
+            deadline_ns: deadline_ns(making.deadline_ms, false),
             page_path,
         }
     }
@@ -527,7 +564,7 @@ impl World {
 
     /// In how many nanoseconds the engine must have a turn although nobody wakes it.
     pub fn wakes_in_ns(&self) -> Option<u64> {
-        self.engine.sleep_ns_max()
+        if self.engine.is_still() { None } else { self.engine.sleep_ns_max() }
     }
 
     /// The filter host of a slot has died. What it said before counts; what it says from
@@ -541,7 +578,8 @@ impl World {
     /// Another host serves a slot whose last one was lost; only when the slot is
     /// [quiet](Self::quiet).
     pub fn return_host(&mut self, host: usize) {
-        let (played, way) = a_life(host, self.entries, &self.wake, &self.issue_arena);
+        let instance = self.hosts[host].instance;
+        let (played, way) = a_life(instance, self.entries, &self.wake, &self.issue_arena);
         self.hosts[host] = played;
         self.lives[host] += 1;
         self.quiet.lock().unwrap().retain(|other| *other != host);
@@ -575,6 +613,66 @@ impl World {
     /// Whether it has ended: its thread would not be there any more.
     pub fn has_ended(&self) -> bool {
         self.engine.has_ended()
+    }
+
+    /// Takes nothing more, and says when nothing is in flight but what waits for the dead hosts of
+    /// instances that are `replaced`. What waits for those of instances that leave goes past them.
+    pub fn stun(&mut self, replaced: &[u32], leaving: &[u32]) -> Receiver<()> {
+        let (reply, still) = sync_channel(1);
+        let may_stay = MayStay { replaced: replaced.to_vec(), leaving: leaving.to_vec() };
+        self.command(Command::Stun { may_stay, reply });
+        still
+    }
+
+    /// Gives it another chain, once it has said that it is still; says when it has it. The hosts
+    /// of instances that come are there at once.
+    pub fn swap(&mut self, chain: &Arc<Chain>, next: Vec<Next>) -> Receiver<()> {
+        let slots = next.into_iter().map(|next| match next {
+            Next::Stays { instance, on_failure } => NextSlot::Stays {
+                instance,
+                on_failure,
+                deadline_ns: self.deadline_ns,
+                keeps_images: on_failure == OnFailure::Hold,
+            },
+            Next::Comes(new) => self.next_slot(new),
+        });
+        let make_up = MakeUp { chain: chain.clone(), slots: slots.collect(), arenas: Vec::new() };
+        let (reply, switched) = sync_channel(1);
+        self.command(Command::Swap { make_up: Box::new(make_up), reply });
+        switched
+    }
+
+    fn next_slot(&mut self, new: Newcomer) -> NextSlot {
+        let (host, way) = a_life(new.instance, self.entries, &self.wake, &self.issue_arena);
+        let number = self.hosts.len();
+        self.hosts.push(host);
+        self.lives.push(0);
+        let slot = Slot {
+            link: 0,
+            instance: new.instance,
+            issues: new.issues,
+            grants: Vec::new(),
+            arena: new.room,
+            on_failure: new.on_failure,
+            deadline_ns: self.deadline_ns,
+            keeps_images: new.on_failure == OnFailure::Hold || new.is_on_trial,
+            gaps: new.gaps.map(|gaps| Box::new(gaps) as _),
+            detached: false,
+            is_on_trial: new.is_on_trial,
+            stats: self.page.block(new.room, 0),
+        };
+        let link = Link::new(HostId(number), format!("f{number}").as_str().into(), way);
+        NextSlot::New { slot: Box::new(slot), link: Box::new(link), replaces: new.replaces }
+    }
+
+    /// Goes on, after [`stun`](Self::stun).
+    pub fn unstun(&mut self) {
+        self.command(Command::Unstun);
+    }
+
+    /// An instance is on trial no longer.
+    pub fn end_trial(&mut self, instance: u32) {
+        self.command(Command::EndTrial { instance });
     }
 
     fn command(&mut self, command: Command) {

@@ -17,6 +17,7 @@ use upcall_ring::Arena;
 
 use super::inflight::{InFlight, Waiting};
 use super::{Command, Engine, Link, Slot};
+use crate::plant::is_planted;
 
 /// Another make-up of a disk's chain, for one queue thread.
 pub(crate) struct MakeUp {
@@ -102,7 +103,12 @@ impl Engine {
             self.parked(&may_stay.leaving).into_iter().map(|(number, _)| number).collect();
         if !leaving.is_empty() {
             for number in leaving {
-                if let Some(action) = self.pass_by(number) {
+                // Recorded, where that is to be known: the change may yet be given up.
+                let action = match is_planted("leave-unrecorded") {
+                    true => self.pass_by(number),
+                    false => self.skip(number),
+                };
+                if let Some(action) = action {
                     self.carry_out(number, action);
                 }
             }
@@ -114,7 +120,8 @@ impl Engine {
         // Those that wait for room only wait for those that are parked.
         let may_wait = if parked > 0 { waiting } else { 0 };
         let is_quieting = self.parts.links.iter().any(|link| link.is_quieting);
-        if parked + may_wait < self.flights.len() || (parked > 0 && is_quieting) {
+        let is_busy = parked + may_wait < self.flights.len() || (parked > 0 && is_quieting);
+        if is_busy && !is_planted("still-too-early") {
             return false;
         }
         if let Some(Stun::Draining { reply, .. }) =
@@ -184,7 +191,10 @@ impl Engine {
             self.waiting.resize_with(arenas.len(), Waiting::default);
             self.parts.arenas = arenas;
         }
-        let was = std::mem::replace(&mut self.parts.lanes[0].chain, chain.clone());
+        let was = match is_planted("swap-without-chain") {
+            true => self.parts.lanes[0].chain.clone(),
+            false => std::mem::replace(&mut self.parts.lanes[0].chain, chain.clone()),
+        };
         let mut old: Vec<Option<Slot>> =
             std::mem::take(&mut self.parts.slots).into_iter().map(Some).collect();
         let mut take = |instance: u32| {

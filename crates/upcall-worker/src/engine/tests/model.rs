@@ -102,6 +102,7 @@ impl Play {
             entries: [4, 64][random.below(2) as usize],
             pages: [8, 100][random.below(2) as usize],
             plays_clock: true,
+            spare_rooms: 0,
             on_failure: vec![if mortal { OnFailure::Hold } else { OnFailure::Fail }; 4],
             gaps: [(); 4].map(|()| None).into(),
             deadline_ms: 0,
