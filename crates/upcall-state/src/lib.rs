@@ -42,3 +42,17 @@ pub use error::StateError;
 pub use folder::{Folder, folder_of, has_handover, name_of};
 pub use handover::Handover;
 pub use sidecar::{SIDECAR_MAX, State, parse, volatile};
+
+/// What is read of a file `handover`, and how it is written: for fuzz targets.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn parse_handover(bytes: &[u8]) -> Option<Handover> {
+    Handover::parse(bytes)
+}
+
+/// See [`parse_handover`].
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn handover_bytes(handover: &Handover) -> Vec<u8> {
+    handover.bytes()
+}
