@@ -19,8 +19,9 @@ fn the_tour_can_be_typed_as_it_stands() {
             None => format!("{line}\n"),
         })
         .collect();
-    let output = Command::new("bash")
-        .args(["-e", "-c", &script])
+    // What is waited for in it may never come.
+    let output = Command::new("timeout")
+        .args(["-k", "1", "120", "bash", "-e", "-c", &script])
         .current_dir(scratch.path())
         .env("UPCALL", programs)
         .stdin(Stdio::null())

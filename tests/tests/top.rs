@@ -142,6 +142,110 @@ fn top_shows_rates_line_by_line_until_the_worker_ends() {
     }
 }
 
+/// What the socket says is what the page says, in every number, also where there is no page to see.
+#[test]
+fn top_shows_the_same_over_the_control_socket() {
+    let mut disk = Disk::serve(BYTES, 2, "", &[Filter::Trace]);
+    let mut driver = Driver::usual(&disk.socket, 2);
+    counted(&disk, &mut driver);
+    let [stats, control] =
+        ["stats", "control"].map(|end| disk.scratch.text(&format!("disk.sock.{end}")));
+    // The filter's own counters are collected now and then.
+    Top::wait(stats.as_ref(), "the filter's own", |top| {
+        top.counter("root", "trace", "bytes_written") == Some(40 * 8192)
+    });
+    let page = upcall(&["top", "--once", "--json", &stats]);
+    let socket = upcall(&["top", "--once", "--json", "--control", &control]);
+    socket.expect_success();
+    assert_eq!(page.stdout, socket.stdout);
+    let mut top = Command::new(upcall_program())
+        .args(["top", "--interval", "0.2", "--control", &control])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(top.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut driven = 0;
+    let busy = lines.by_ref().find(|line| {
+        for _ in 0..50 {
+            driver.read(0, 0, 4096);
+        }
+        driven += 50;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words[0] == "trace" && words[1] != "0/s"
+    });
+    assert!(busy.is_some(), "no rate in spite of {driven} requests");
+    drop(driver);
+    disk.stop();
+    let last = lines.last().unwrap();
+    assert!(last.starts_with("the worker (process") && last.contains("has ended: "), "{last}");
+    assert!(top.wait().unwrap().success());
+    let gone = upcall(&["top", "--once", "--control", &control]);
+    assert_eq!(gone.code, Some(1), "{gone:?}");
+    assert!(
+        gone.stderr.contains(&control) && gone.stderr.contains("no worker answers"),
+        "{gone:?}"
+    );
+}
+
+#[test]
+fn top_finds_all_workers_by_their_pages_or_else_by_their_sockets() {
+    let scratch = Scratch::new();
+    let (near, far) = (scratch.join("near"), scratch.join("far"));
+    for folder in [&near, &far] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    let top = |args: &[&str]| {
+        let mut command = Command::new(upcall_program());
+        // A home of its own for each place where it looks, but for /run.
+        command.current_dir(&near).env("XDG_RUNTIME_DIR", &near).env("TMPDIR", &near);
+        command.args(["top", "--once", "--json"]).args(args).output().unwrap()
+    };
+    let disk = |name: &str| format!("name={name},memory=1M,socket={}", scratch.text(name));
+    let place = |folder: &std::path::Path, name: &str| folder.join(name).display().to_string();
+    // One that is found both ways, in two places or in one, and one whose page is elsewhere.
+    let servers = [
+        ["both", &place(&near, "both.stats"), &place(&near, "both.control")],
+        ["apart", &place(&near, "page.stats"), &place(&near, "socket.control")],
+        ["socket", &place(&far, "socket.stats"), &place(&near, "other.control")],
+        ["page", &place(&near, "other.stats"), &place(&far, "page.control")],
+    ]
+    .map(|[name, stats, control]| {
+        let args = ["--disk", &disk(name), "--stats", stats, "--control", control];
+        Server::start(&scratch, &args)
+    });
+    let shown = |args: &[&str]| -> Vec<(i64, String)> {
+        let output = top(args);
+        assert!(output.status.success(), "{output:?}");
+        let lines = String::from_utf8(output.stdout).unwrap();
+        let mut all: Vec<_> = lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .map(|view| {
+                let name = view["disks"][0]["name"].as_str().unwrap().to_owned();
+                (view["worker"].as_i64().unwrap(), name)
+            })
+            .filter(|(pid, _)| servers.iter().any(|it| i64::from(it.pid().as_raw_pid()) == *pid))
+            .collect();
+        all.sort_by_key(|(_, name)| name.clone());
+        all
+    };
+    let expected = |places: &[usize]| -> Vec<(i64, String)> {
+        let names = ["both", "apart", "socket", "page"];
+        let mut all: Vec<_> = places
+            .iter()
+            .map(|at| (i64::from(servers[*at].pid().as_raw_pid()), names[*at].to_owned()))
+            .collect();
+        all.sort_by_key(|(_, name)| name.clone());
+        all
+    };
+    assert_eq!(shown(&[]), expected(&[0, 1, 2, 3]));
+    let (page, socket) = (place(&near, "both.stats"), place(&far, "page.control"));
+    assert_eq!(shown(&[&page, "--control", &socket]), expected(&[0, 3]));
+    for server in servers {
+        server.stop();
+    }
+}
+
 #[test]
 fn what_killed_servers_left_in_the_runtime_folder_goes_when_another_one_starts() {
     let scratch = Scratch::new();

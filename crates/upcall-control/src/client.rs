@@ -1,8 +1,9 @@
 //! Asking a worker.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
@@ -10,9 +11,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
+use upcall_stats::HopSnapshot;
 
 use crate::problem::Problem;
 use crate::resource::*;
+use crate::snapshot;
+
+/// How long a worker may take to answer what it only has to look up.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// More is no answer of a worker's.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// Why there is no answer, or which.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +61,17 @@ impl Client {
         Ok(Client { path: path.to_owned(), runtime })
     }
 
+    /// Who answers.
+    pub fn worker(&self) -> Result<Worker, ClientError> {
+        self.get("/v1/worker")
+    }
+
+    /// What passed each hop of all disks, as the worker's page of counters has it.
+    pub fn hops(&self) -> Result<Vec<HopSnapshot>, ClientError> {
+        let hops = self.disks()?.iter().flat_map(snapshot::of).collect::<Result<_, String>>();
+        hops.map_err(|why| self.nonsense(why))
+    }
+
     /// All disks.
     pub fn disks(&self) -> Result<Vec<Disk>, ClientError> {
         self.get("/v1/disks")
@@ -88,9 +107,13 @@ impl Client {
     }
 
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.runtime.block_on(async {
+        let answer = async {
             let response = self.ask::<()>(Method::GET, path, None).await?;
             self.parse(response).await
+        };
+        self.runtime.block_on(async {
+            let late = |_| no_answer(&self.path, format!("nothing came in {PATIENCE:?}"));
+            tokio::time::timeout(PATIENCE, answer).await.map_err(late)?
         })
     }
 
@@ -119,7 +142,7 @@ impl Client {
 
     async fn body(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
         let status = response.status();
-        let collected = response.into_body().collect().await;
+        let collected = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
         let bytes = collected.map_err(|error| no_answer(&self.path, error))?.to_bytes();
         if status.is_success() {
             return Ok(bytes);

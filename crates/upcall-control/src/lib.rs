@@ -16,6 +16,7 @@ mod problem;
 pub mod resource;
 mod said;
 mod server;
+mod snapshot;
 
 pub use client::{Client, ClientError, Follow};
 pub use events::Events;

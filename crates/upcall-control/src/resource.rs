@@ -3,9 +3,19 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use upcall_stats::{HopKind, HopSnapshot};
+use upcall_block::Op;
+use upcall_stats::{HopSnapshot, OpCounts, bucket_floor_ns, bucket_of};
 use upcall_worker as worker;
 use utoipa::ToSchema;
+
+/// Who answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Worker {
+    /// Its process, as it knows itself: a namespace may give it another number.
+    pub process: u32,
+    /// Of Upcall.
+    pub version: String,
+}
 
 /// A disk, its chain, and what passed each hop of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -79,6 +89,8 @@ pub struct Hop {
     pub errors: u64,
     /// The time that requests spent here, all together.
     pub time_ns: u64,
+    /// The same by operation: those of which there were any.
+    pub ops: Vec<OpCount>,
     /// Here now.
     pub in_flight: u64,
     /// Rules that the filter broke.
@@ -103,6 +115,21 @@ pub struct Hop {
     pub latency: Vec<Bucket>,
     /// The filter's own.
     pub counters: Vec<Counter>,
+}
+
+/// What passed of one operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OpCount {
+    /// `read`, `write`, `flush`, `discard` or `write-zeroes`.
+    pub op: String,
+    #[allow(missing_docs)]
+    pub requests: u64,
+    #[allow(missing_docs)]
+    pub bytes: u64,
+    #[allow(missing_docs)]
+    pub errors: u64,
+    #[allow(missing_docs)]
+    pub time_ns: u64,
 }
 
 /// A part of a histogram.
@@ -310,22 +337,22 @@ impl Slot {
 }
 
 impl Hop {
-    fn new(hop: &HopSnapshot) -> Hop {
+    pub(crate) fn new(hop: &HopSnapshot) -> Hop {
         let (block, total) = (&hop.block, hop.block.total());
         let buckets = block.latency.counts.iter().enumerate().filter(|(_, count)| **count > 0);
         Hop {
             name: hop.name.clone(),
-            kind: match hop.kind {
-                HopKind::Request => "request",
-                HopKind::Filter => "filter",
-                HopKind::Store => "store",
-                HopKind::Vacant => "vacant",
-            }
-            .to_owned(),
+            kind: hop.kind.name().to_owned(),
             requests: total.requests,
             bytes: total.bytes,
             errors: total.errors,
             time_ns: total.time_ns,
+            ops: Op::ALL
+                .into_iter()
+                .map(|op| (op, &block.ops[op as usize]))
+                .filter(|(_, counts)| **counts != OpCounts::default())
+                .map(|(op, counts)| OpCount::new(op, counts))
+                .collect(),
             in_flight: block.now,
             violations: block.violations,
             retries: block.retries,
@@ -338,9 +365,9 @@ impl Hop {
             p999_ns: block.latency.quantile_ns(0.999),
             latency: buckets
                 .map(|(bucket, count)| Bucket {
-                    below_ns: match bucket + 1 {
-                        upcall_stats::BUCKETS => u64::MAX,
-                        next => upcall_stats::bucket_floor_ns(next),
+                    below_ns: match bucket < bucket_of(u64::MAX) {
+                        true => bucket_floor_ns(bucket + 1),
+                        false => u64::MAX,
                     },
                     requests: *count,
                 })
@@ -351,6 +378,13 @@ impl Hop {
                 .map(|(name, value)| Counter { name: name.clone(), value: *value })
                 .collect(),
         }
+    }
+}
+
+impl OpCount {
+    fn new(op: Op, counts: &OpCounts) -> OpCount {
+        let OpCounts { requests, bytes, errors, time_ns } = *counts;
+        OpCount { op: op.name().to_owned(), requests, bytes, errors, time_ns }
     }
 }
 

@@ -177,7 +177,7 @@ impl Connected<IncomingStream<'_, UnixListener>> for Peer {
         title = "Upcall worker",
         description = "The control socket of a worker: HTTP over a Unix socket."
     ),
-    paths(disks, disk, in_flight, change, events, metrics),
+    paths(worker, disks, disk, in_flight, change, events, metrics),
     components(schemas(Problem))
 )]
 struct Api;
@@ -191,6 +191,7 @@ pub fn openapi() -> String {
 
 fn router(served: Arc<Served>) -> Router {
     Router::new()
+        .route("/v1/worker", get(worker))
         .route("/v1/disks", get(disks))
         .route("/v1/disks/{disk}", get(disk))
         .route("/v1/disks/{disk}/in-flight", get(in_flight))
@@ -217,6 +218,12 @@ fn no_disk(name: &str) -> Problem {
         disk: Some(name.to_owned()),
         ..Problem::new("not-found", StatusCode::NOT_FOUND, detail)
     }
+}
+
+/// Who answers
+#[utoipa::path(get, path = "/v1/worker", responses((status = 200, body = Worker)))]
+async fn worker() -> Json<Worker> {
+    Json(Worker { process: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() })
 }
 
 /// All disks, with their chains and counters

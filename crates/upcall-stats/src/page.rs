@@ -59,6 +59,16 @@ impl HopKind {
             HopKind::Vacant => 3,
         }
     }
+
+    /// A word for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            HopKind::Request => "request",
+            HopKind::Filter => "filter",
+            HopKind::Store => "store",
+            HopKind::Vacant => "vacant",
+        }
+    }
 }
 
 /// How a filter stands, for people.
@@ -78,7 +88,8 @@ pub enum Standing {
 }
 
 impl Standing {
-    const ALL: [Standing; 5] = [
+    /// All of them.
+    pub const ALL: [Standing; 5] = [
         Standing::Up,
         Standing::Restarting,
         Standing::Bypassed,

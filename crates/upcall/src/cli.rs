@@ -316,11 +316,20 @@ vm1.toml:
 ///
 /// For each disk and hop (the whole request, each filter, the store): requests and bytes,
 /// errors, requests in flight, latencies, the share of the requests' time, rules broken, and
-/// the filter's own counters. On a terminal a live view: q quits. Ends when the worker ends.
+/// the filter's own counters. On a terminal a live view: q quits. Ends when the workers end.
+///
+/// The numbers are those of a worker's page of counters, a file that costs the worker nothing to be
+/// watched. Where that file is out of reach (another mount namespace, another machine whose
+/// socket is forwarded), the worker's control socket gives the same.
 #[derive(Debug, Args)]
 pub struct TopArgs {
-    /// The worker's page of counters [default: that of the only worker that runs]
-    pub stats: Option<PathBuf>,
+    /// Workers' pages of counters [default: all workers that run and are found, by their pages or
+    /// else by their control sockets]
+    pub stats: Vec<PathBuf>,
+
+    /// A worker's control socket, which is asked for the counters (repeatable)
+    #[arg(long, value_name = "PATH")]
+    pub control: Vec<PathBuf>,
 
     /// Print the sums since the worker's start, and end
     #[arg(long)]
@@ -330,7 +339,7 @@ pub struct TopArgs {
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     pub interval: Duration,
 
-    /// Print JSON, one object a line
+    /// Print JSON, one object a line and worker
     #[arg(long)]
     pub json: bool,
 }

@@ -2,8 +2,6 @@
 
 use std::fmt::Write as _;
 use std::io::Read;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use upcall_control::resource::{Change, Changed, Disk, DiskChange, Edit, Event, InFlight, Param};
@@ -12,7 +10,7 @@ use upcall_control::{Client, ClientError};
 use crate::cli::{ChainCommand, ChangeArgs, EventsArgs, MetricsArgs, ShowArgs};
 use crate::failure::Failure;
 use crate::output::{print, size_text};
-use crate::serve::runtime_folder;
+use crate::running;
 
 /// `upcall show`.
 pub fn show(args: ShowArgs) -> Result<(), Failure> {
@@ -254,37 +252,23 @@ fn connect(path: Option<&Path>) -> Result<Client, Failure> {
 
 /// The control socket of the only worker that runs, among the usual places.
 fn only_socket() -> Result<PathBuf, Failure> {
-    let mut folders =
-        vec![PathBuf::from("."), runtime_folder(), "/run".into(), std::env::temp_dir()];
-    folders.dedup();
-    let mut found: Vec<PathBuf> = folders.iter().flat_map(|folder| sockets_in(folder)).collect();
-    found.sort();
-    found.dedup();
-    let list = |paths: &[PathBuf]| {
-        paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
-    };
-    match found.len() {
-        1 => Ok(found.remove(0)),
+    let folders = running::folders();
+    let found = running::sockets(&folders);
+    let (mut open, closed): (Vec<_>, Vec<_>) = found.into_iter().partition(|it| it.1.is_ok());
+    match open.len() {
+        1 => Ok(open.remove(0).0),
         0 => Err(Failure::new(format_args!(
             "no worker answers at a control socket (*.control) in {}; give the path that upcall \
-             serve printed under \"Control\", with --control",
-            list(&folders)
+             serve printed under \"Control\", with --control{}",
+            running::list(&folders),
+            closed.iter().fold(String::new(), |text, (path, why)| match why {
+                Err(why) => format!("{text}; {}: {why}", path.display()),
+                Ok(()) => text,
+            })
         ))),
         _ => Err(Failure::new(format_args!(
             "several workers run; give one of {} with --control",
-            list(&found)
+            running::list(open.iter().map(|it| &it.0))
         ))),
     }
-}
-
-fn sockets_in(folder: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = folder.read_dir() else { return Vec::new() };
-    entries
-        .flatten()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()))
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|end| end == "control"))
-        .filter(|path| UnixStream::connect(path).is_ok())
-        .filter_map(|path| path.canonicalize().ok())
-        .collect()
 }

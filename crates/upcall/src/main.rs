@@ -12,6 +12,7 @@ mod info;
 mod manual;
 mod new;
 mod output;
+mod running;
 mod serve;
 mod signals;
 mod state;

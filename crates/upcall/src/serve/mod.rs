@@ -19,7 +19,7 @@ mod supervisor;
 mod value;
 
 pub use spec::{DiskSpec, FilterOnDisk};
-pub use stats::runtime_folder;
+pub use stats::{control_beside, runtime_folder};
 pub use value::{Mode, Size};
 
 /// A value as an operator writes it, for words that are arguments of their own.

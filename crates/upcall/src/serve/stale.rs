@@ -13,7 +13,7 @@ use std::path::Path;
 use upcall_stats::{PageReader, ReadError};
 use upcall_worker::{LogLevel, LogSink};
 
-use crate::top::is_alive;
+use crate::running::is_alive;
 
 /// Clears a folder of what dead servers left there.
 pub fn clear(folder: &Path, log: &LogSink) {

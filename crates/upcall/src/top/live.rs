@@ -1,4 +1,4 @@
-//! The view on a terminal, refreshed until `q` or the worker's end.
+//! The view on a terminal, refreshed until `q` or the workers' end.
 
 use std::time::{Duration, Instant};
 
@@ -12,42 +12,41 @@ use ratatui::widgets::{Cell, Paragraph, Row as TableRow, Table};
 use upcall_stats::HopKind;
 
 use super::text::{TITLES, WIDTHS, cells, counters, covers};
-use super::{View, Watch, is_alive};
+use super::{View, Watches};
 use crate::failure::Failure;
 
-/// Shows until the user quits or the worker ends. The terminal is given back as it was.
-pub fn run(watch: &mut Watch, interval: Duration) -> Result<(), Failure> {
+/// Shows until the user quits or the workers end. The terminal is given back as it was.
+pub fn run(watches: &mut Watches, interval: Duration) -> Result<(), Failure> {
     let mut terminal = ratatui::try_init()
         .map_err(|error| Failure::new(format_args!("cannot use the terminal: {error}")))?;
-    let ended = show(&mut terminal, watch, interval);
+    let ended = show(&mut terminal, watches, interval);
     ratatui::restore();
     ended.map_err(|error| Failure::new(format_args!("cannot use the terminal: {error}")))
 }
 
 fn show(
     terminal: &mut DefaultTerminal,
-    watch: &mut Watch,
+    watches: &mut Watches,
     interval: Duration,
 ) -> std::io::Result<()> {
-    let mut view = watch.look();
     loop {
-        terminal.draw(|frame| draw(frame, &view))?;
+        let views = watches.look();
+        if views.is_empty() {
+            return Ok(());
+        }
+        terminal.draw(|frame| draw(frame, &views))?;
         let next = Instant::now() + interval;
         while let Some(left) = next.checked_duration_since(Instant::now()) {
             if event::poll(left)? {
                 match event::read()? {
                     Event::Key(key) if is_quit(key.code, key.modifiers) => return Ok(()),
                     Event::Resize(..) => {
-                        terminal.draw(|frame| draw(frame, &view))?;
+                        terminal.draw(|frame| draw(frame, &views))?;
                     }
                     _ => {}
                 }
             }
         }
-        if !is_alive(watch.page.pid()) {
-            return Ok(());
-        }
-        view = watch.look();
     }
 }
 
@@ -56,15 +55,20 @@ fn is_quit(key: KeyCode, modifiers: KeyModifiers) -> bool {
         || (key == KeyCode::Char('c') && modifiers.contains(KeyModifiers::CONTROL))
 }
 
-fn draw(frame: &mut Frame<'_>, view: &View) {
-    let [top, middle, bottom] =
-        Layout::vertical([Constraint::Length(1), Constraint::Min(0), Constraint::Length(1)])
-            .areas(frame.area());
-    frame.render_widget(Line::from(format!("upcall top ({})", covers(view))).bold(), top);
-    let widths = WIDTHS.map(|width| Constraint::Length(width as u16));
-    let header = TableRow::new(TITLES.map(|title| right(title.to_owned()))).bold();
-    frame.render_widget(Table::new(table_rows(view), widths).header(header), middle);
-    frame.render_widget(Paragraph::new("q: quit").dim(), bottom);
+/// The workers one below the other.
+fn draw(frame: &mut Frame<'_>, views: &[View]) {
+    let tables: Vec<_> = views.iter().map(table_rows).collect();
+    let heights = tables.iter().flat_map(|rows| [1, 1 + rows.len() as u16]);
+    let mut heights: Vec<_> = heights.map(Constraint::Length).collect();
+    heights.extend([Constraint::Min(0), Constraint::Length(1)]);
+    let areas = Layout::vertical(heights).split(frame.area());
+    for ((view, rows), areas) in views.iter().zip(tables).zip(areas.chunks(2)) {
+        frame.render_widget(Line::from(format!("upcall top ({})", covers(view))).bold(), areas[0]);
+        let widths = WIDTHS.map(|width| Constraint::Length(width as u16));
+        let header = TableRow::new(TITLES.map(|title| right(title.to_owned()))).bold();
+        frame.render_widget(Table::new(rows, widths).header(header), areas[1]);
+    }
+    frame.render_widget(Paragraph::new("q: quit").dim(), areas[areas.len() - 1]);
 }
 
 fn table_rows(view: &View) -> Vec<TableRow<'static>> {
@@ -88,4 +92,31 @@ fn table_rows(view: &View) -> Vec<TableRow<'static>> {
 
 fn right(text: String) -> Cell<'static> {
     Cell::from(Line::from(text).right_aligned())
+}
+
+#[cfg(test)]
+mod tests {
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    use super::super::rows;
+    use super::*;
+
+    #[test]
+    fn several_workers_stand_one_below_the_other() {
+        let views = [42, 43].map(|pid| View {
+            rows: rows::of(&rows::tests::hops(), None),
+            seconds: Some(1.0),
+            pid,
+        });
+        let mut terminal = Terminal::new(TestBackend::new(140, 24)).unwrap();
+        terminal.draw(|frame| draw(frame, &views)).unwrap();
+        let text = terminal.backend().to_string();
+        let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("no {part:?}:\n{text}"));
+        assert!(at("(worker 42;") < at("xor") && at("xor") < at("(worker 43;"), "{text}");
+        let below = &text[at("(worker 43;")..];
+        for part in ["disk root", "request", "xor", "lines 7", "store", "q: quit"] {
+            assert!(below.contains(part), "no {part:?} below:\n{text}");
+        }
+    }
 }

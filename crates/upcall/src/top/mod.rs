@@ -1,60 +1,56 @@
-//! `upcall top`: what passes each hop of a worker's disks, live.
+//! `upcall top`: what passes each hop of the disks of workers, live.
 //!
-//! [`find`] finds the page of counters, [`rows`] turns snapshots into what is shown,
+//! [`source`] is where a worker's counters come from, [`rows`] turns snapshots into what is shown,
 //! [`text`] and [`live`] show it.
 
-mod find;
 mod live;
 mod rows;
+mod source;
 mod text;
 
 use std::io::IsTerminal;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use upcall_stats::{HopSnapshot, PageReader};
+use upcall_stats::HopSnapshot;
 
+use self::source::Source;
 use crate::cli::TopArgs;
 use crate::failure::Failure;
 use crate::output::print;
 
-pub use find::is_alive;
-
-/// Shows counters once, or until the worker ends.
+/// Shows counters once, or until the workers end.
 pub fn run(args: TopArgs) -> Result<(), Failure> {
-    let path = match args.stats {
-        Some(path) => path,
-        None => find::only_live_page()?,
-    };
-    let page = open(&path)?;
+    let sources = source::all(&args)?;
     if args.once {
-        if !is_alive(page.pid()) {
-            eprintln!("upcall: warning: the worker (process {}) has ended", page.pid());
-        }
-        let view = View { rows: rows::of(&page.snapshot(), None), seconds: None, pid: page.pid() };
-        return print(&view.show(args.json));
+        return sources.iter().try_for_each(|source| once(source, args.json));
     }
-    let mut watch = Watch::new(page);
+    let watched = sources.into_iter().map(Watch::new).collect::<Result<_, String>>();
+    let mut watches = Watches { watched: watched.map_err(Failure::new)?, ended: Vec::new() };
     if std::io::stdout().is_terminal() && !args.json {
-        live::run(&mut watch, args.interval)?;
-    } else {
-        while let Some(view) = watch.next_after(args.interval) {
+        live::run(&mut watches, args.interval)?;
+        return watches.ended.iter().try_for_each(|text| print(text));
+    }
+    while !watches.watched.is_empty() {
+        std::thread::sleep(args.interval);
+        for view in watches.look() {
             print(&view.show(args.json))?;
         }
-    }
-    if !is_alive(watch.page.pid()) && !args.json {
-        print(&format!("the worker (process {}) has ended\n", watch.page.pid()))?;
+        for text in watches.ended.drain(..) {
+            if !args.json {
+                print(&text)?;
+            }
+        }
     }
     Ok(())
 }
 
-fn open(path: &Path) -> Result<PageReader, Failure> {
-    PageReader::open(path).map_err(|error| {
-        Failure::new(format_args!(
-            "{}: {error}; upcall serve says where its page is, under \"Live counters\"",
-            path.display()
-        ))
-    })
+fn once(source: &Source, as_json: bool) -> Result<(), Failure> {
+    let worker = source.worker();
+    if source.has_ended() {
+        eprintln!("upcall: warning: the worker (process {worker}) has ended");
+    }
+    let hops = source.snapshot().map_err(Failure::new)?;
+    print(&View { rows: rows::of(&hops, None), seconds: None, pid: worker }.show(as_json))
 }
 
 /// What is to be shown at one moment.
@@ -71,35 +67,57 @@ impl View {
     }
 }
 
-/// A page, looked at again and again.
+/// A worker, looked at again and again.
 struct Watch {
-    page: PageReader,
+    source: Source,
     last: Vec<HopSnapshot>,
     when: Instant,
 }
 
 impl Watch {
-    fn new(page: PageReader) -> Watch {
-        let last = page.snapshot();
-        Watch { page, last, when: Instant::now() }
+    fn new(source: Source) -> Result<Watch, String> {
+        Ok(Watch { last: source.snapshot()?, source, when: Instant::now() })
     }
 
-    /// What happened since the last look.
-    fn look(&mut self) -> View {
-        let now = self.page.snapshot();
+    /// What happened since the last look; or how the worker went.
+    fn look(&mut self) -> Result<View, String> {
+        let pid = self.source.worker();
+        if self.source.has_ended() {
+            return Err(format!("the worker (process {pid}) has ended\n"));
+        }
+        let now = self.source.snapshot();
+        let now = now.map_err(|why| format!("the worker (process {pid}) has ended: {why}\n"))?;
         let elapsed = self.when.elapsed();
         let view = View {
             rows: rows::of(&now, Some((&self.last, elapsed))),
             seconds: Some(elapsed.as_secs_f64()),
-            pid: self.page.pid(),
+            pid,
         };
         (self.last, self.when) = (now, Instant::now());
-        view
+        Ok(view)
     }
+}
 
-    /// Waits and looks; None once the worker has ended.
-    fn next_after(&mut self, interval: Duration) -> Option<View> {
-        std::thread::sleep(interval);
-        is_alive(self.page.pid()).then(|| self.look())
+/// The workers that are still there, and what to say of those that are not.
+struct Watches {
+    watched: Vec<Watch>,
+    ended: Vec<String>,
+}
+
+impl Watches {
+    /// What happened at each since the last look. One that has ended is watched no longer.
+    fn look(&mut self) -> Vec<View> {
+        let mut views = Vec::new();
+        self.watched.retain_mut(|watch| match watch.look() {
+            Ok(view) => {
+                views.push(view);
+                true
+            }
+            Err(text) => {
+                self.ended.push(text);
+                false
+            }
+        });
+        views
     }
 }

@@ -42,12 +42,7 @@ pub struct Row {
 }
 
 fn kind_name<S: serde::Serializer>(kind: &HopKind, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(match kind {
-        HopKind::Request => "request",
-        HopKind::Filter => "filter",
-        HopKind::Store => "store",
-        HopKind::Vacant => "vacant",
-    })
+    serializer.serialize_str(kind.name())
 }
 
 fn standing_name<S: serde::Serializer>(state: &Standing, serializer: S) -> Result<S::Ok, S::Error> {
