@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::build::upcall_program;
+use crate::client::{Client, Io, Outcome};
+use crate::driver::Driver;
 use crate::scratch::Scratch;
 
 const START: Duration = Duration::from_secs(30);
@@ -143,6 +145,27 @@ impl Server {
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Of a disk at `socket`, served with --restart, whose flush has failed: kills the worker twice,
+    /// and expects of each that follows that it remembers, and that only reads succeed.
+    #[track_caller]
+    pub fn expect_writes_stay_refused(&self, socket: &Path) {
+        for deaths in 1..3 {
+            kill_process(Pid::from_raw(self.children()[0]).unwrap(), Signal::KILL).unwrap();
+            let deadline = Instant::now() + START;
+            while self.stderr().matches("nobody served").count() < deaths {
+                assert!(Instant::now() < deadline, "{}", self.stderr());
+                thread::sleep(Duration::from_millis(5));
+            }
+            // What lies below would say by now that all is well.
+            let mut driver = Driver::usual(socket, 1);
+            let write = Io::Write { offset: 0, length: 512 };
+            assert_eq!(driver.run(0, Io::Flush), Outcome::IoError, "after {deaths} deaths");
+            assert_eq!(driver.run(0, write), Outcome::IoError, "after {deaths} deaths");
+            assert_eq!(driver.run(0, Io::Read { offset: 0, length: 512 }), Outcome::Ok);
+        }
+        assert!(self.stderr().contains("still refuses writes"), "{}", self.stderr());
     }
 
     /// Asks it to end, and waits until it has.

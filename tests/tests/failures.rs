@@ -117,20 +117,7 @@ fn a_flush_that_failed_stays_failed_although_the_worker_dies() {
     }
     assert_eq!(driver.run(0, Io::Flush), Outcome::IoError);
     drop(driver);
-    for deaths in 1..3 {
-        kill_process(Pid::from_raw(server.children()[0]).unwrap(), Signal::KILL).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while server.stderr().matches("nobody served").count() < deaths {
-            assert!(Instant::now() < deadline, "{}", server.stderr());
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        // The kernel would say by now that all is well.
-        let mut driver = Driver::usual(socket.as_ref(), 1);
-        assert_eq!(driver.run(0, Io::Flush), Outcome::IoError, "after {deaths} deaths");
-        assert_eq!(driver.run(0, Io::Write { offset: 0, length: 512 }), Outcome::IoError);
-        assert_eq!(driver.run(0, Io::Read { offset: 0, length: 512 }), Outcome::Ok);
-    }
-    assert!(server.stderr().contains("still refuses writes"), "{}", server.stderr());
+    server.expect_writes_stay_refused(socket.as_ref());
     server.terminate();
     drop(full);
 }
