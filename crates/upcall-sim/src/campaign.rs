@@ -228,7 +228,7 @@ impl Report {
 }
 
 /// What must happen at least so often in 1,000 worlds.
-const LEAST: [(&str, u64); 62] = [
+const LEAST: [(&str, u64); 63] = [
     ("fault: filter death", 500),
     ("filter death: ", 300),
     ("filter death: changer HalfChanged", 10),
@@ -265,11 +265,12 @@ const LEAST: [(&str, u64); 62] = [
     ("fault: gap not marked", 2),
     ("checked: sectors missed and recorded", 300),
     ("migration: begun", 300),
+    ("migration: amid a change of chains", 20),
     ("migration: cancelled", 80),
     ("migration: failed at its end", 50),
     ("migration: finished", 150),
     ("migration: pages logged late", 1000),
-    ("migration: ring with something left", 30),
+    ("migration: ring with something left", 10),
     ("migration: worker death after rings stopped", 5),
     ("migration: worker death while logging", 15),
     ("migration: worker death while rings stop", 10),

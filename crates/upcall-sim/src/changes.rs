@@ -113,7 +113,7 @@ impl Simulation {
 
     /// A change begins, of one disk or of all at once.
     pub(crate) fn begin_change(&mut self) {
-        if self.change.is_some() || self.is_paused() {
+        if self.change.is_some() || self.gives_up() {
             return;
         }
         let disks: Vec<usize> = match self.random.one_in(2) {

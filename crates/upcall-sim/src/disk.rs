@@ -581,8 +581,9 @@ impl Disk {
     }
 
     /// The worker has ended in good order, and given the disk up: what the guest was told is
-    /// durable, as after a flush. `id`: a request's that is nobody's.
+    /// durable, as after a flush, and the next one begins with the chain as it is. `id`: a request's that is nobody's.
     pub fn hand_over(&mut self, now_ns: u64, id: u64) {
+        self.write_down();
         if self.failing_filters > 0 {
             self.excuse(now_ns, Excuse::Filter);
         }

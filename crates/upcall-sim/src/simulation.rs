@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use upcall_block::{Op, RequestQueue};
-use upcall_chain::Failed;
+use upcall_chain::{Failed, OnFailure};
 use upcall_vhost::crash;
 use upcall_vhost::mock::{Device, Memory};
 use upcall_worker::sim::{Making, World};
@@ -88,7 +88,7 @@ pub struct Simulation {
     /// The worker dies after so many stores to memory that outlives it.
     death_in: Option<u64>,
     /// The guest is on its way to another host.
-    migration: Option<Migration>,
+    pub(crate) migration: Option<Migration>,
     /// What a migration draws from: worlds without one are as if there were none.
     moves: Random,
     pub coverage: Coverage,
@@ -270,7 +270,9 @@ impl Simulation {
             }
             7 => {
                 let seat = self.random.below(self.seats.len());
-                self.reap(seat);
+                if !self.is_paused() {
+                    self.reap(seat);
+                }
             }
             8..=11 if !self.processes.is_empty() => {
                 let process = self.random.below(self.processes.len());
@@ -417,9 +419,6 @@ impl Simulation {
 
     /// The guest looks at what came back; whether there was something.
     pub(crate) fn reap(&mut self, at: usize) -> bool {
-        if self.is_paused() {
-            return false;
-        }
         let Seat { disk, ring, .. } = self.seats[at];
         let all = self.disks[disk].rings[ring].reap();
         let busy = !all.is_empty();
@@ -586,6 +585,15 @@ impl Simulation {
         }
         // The media first: a process is dead when its requests are over.
         let now_ns = self.now_ns;
+        for seat in &self.seats {
+            // Its requests may have failed in the turn in which it was given up.
+            let given_up = seat.world.given_up.lock().expect("lock");
+            let disk = &mut self.disks[seat.disk];
+            let mut places = given_up.iter().filter_map(|(host, _)| disk.place_of(*host));
+            if places.any(|place| disk.slots[place].policy == OnFailure::Fail) {
+                disk.excuse(now_ns, Excuse::Filter);
+            }
+        }
         self.disks.iter_mut().for_each(|disk| disk.lose_worker(now_ns));
         self.lose_source();
         self.seats.clear();
@@ -796,6 +804,10 @@ impl Simulation {
         let seat = &mut self.seats[at];
         let queue = self.disks[seat.disk].rings[seat.ring].open(&mut seat.device);
         seat.world.start(Box::new(Spy::new(queue, seat.notes.clone())));
+        if after == After::Move {
+            // It runs for a moment.
+            seat.world.turn();
+        }
         self.note(format_args!("the ring of engine {at} is started again"));
     }
 
@@ -834,7 +846,7 @@ impl Simulation {
                 busy |= self.serve_media(disk);
             }
             for seat in 0..self.seats.len() {
-                busy |= self.reap(seat);
+                busy |= !self.is_paused() && self.reap(seat);
             }
             if busy {
                 continue;

@@ -19,7 +19,7 @@ const PAGES_MAX: usize = 6;
 const PAGE: usize = 4096;
 
 /// See the module.
-pub(super) struct Migration {
+pub(crate) struct Migration {
     /// What the devices have written.
     log: LogFile,
     /// The guest's memory, on the other host.
@@ -34,8 +34,10 @@ enum Phase {
     Copying,
     /// It stands still, and its rings stop; by engine, where they stand.
     Stopping(Vec<Option<u16>>),
-    /// Its rings stood there, and the source's engines end.
+    /// Its rings stood there, and a change of chains that is on its way ends.
     Leaving(Vec<u16>),
+    /// The source's engines end.
+    Ending(Vec<u16>),
 }
 
 impl Migration {
@@ -77,6 +79,13 @@ impl Migration {
 }
 
 impl Simulation {
+    /// Whether the disks are about to be given up: no change of chains begins any more.
+    pub(crate) fn gives_up(&self) -> bool {
+        self.migration
+            .as_ref()
+            .is_some_and(|on| matches!(on.phase, Phase::Leaving(_) | Phase::Ending(_)))
+    }
+
     /// Whether the guest stands still.
     pub(crate) fn is_paused(&self) -> bool {
         self.migration.as_ref().is_some_and(Migration::is_paused)
@@ -120,7 +129,15 @@ impl Simulation {
                 Some(places) => self.end_copying(places),
                 None => return self.stop_rings(),
             },
-            Phase::Leaving(_) => {
+            Phase::Leaving(places) => {
+                if self.change.is_some() {
+                    return false;
+                }
+                let places = places.clone();
+                self.migration.iter_mut().for_each(|on| on.phase = Phase::Ending(places.clone()));
+                self.seats.iter_mut().for_each(|seat| seat.world.quit());
+            }
+            Phase::Ending(_) => {
                 let dies = !self.calm && self.plan.faults.worker_death > 0;
                 if dies && self.moves.one_in(8) {
                     self.lose_worker();
@@ -149,10 +166,6 @@ impl Simulation {
             page.into_iter().for_each(|page| on.copy(&memory, page));
         }
         if !self.calm && !moves.one_in(60) {
-            return;
-        }
-        if self.change.is_some() {
-            // That of the chains ends first, and no other one begins.
             return;
         }
         if moves.one_in(4) {
@@ -205,6 +218,13 @@ impl Simulation {
 
     /// All rings stand still: the rest is copied, and the source gives the disks up.
     fn end_copying(&mut self, places: Vec<u16>) {
+        if self.change.is_some() {
+            self.coverage.count("migration: amid a change of chains");
+            // What has completed has completed with the chain as it was.
+            for at in 0..self.seats.len() {
+                self.reap(at);
+            }
+        }
         let Some(on) = &mut self.migration else { return };
         let late = on.sync(&self.memory);
         self.coverage.add("migration: pages logged late", late as u64);
@@ -213,7 +233,6 @@ impl Simulation {
         }
         on.check(&self.memory, "when all rings had stopped");
         on.phase = Phase::Leaving(places);
-        self.seats.iter_mut().for_each(|seat| seat.world.quit());
         self.note(format_args!("the rest of the memory is copied"));
     }
 
@@ -235,7 +254,9 @@ impl Simulation {
     fn arrive(&mut self) {
         let Some(on) = self.migration.take() else { return };
         on.check(&self.memory, "when the source had ended");
-        let Phase::Leaving(places) = on.phase else { unreachable!("all rings stand still") };
+        let (Phase::Leaving(places) | Phase::Ending(places)) = on.phase else {
+            unreachable!("all rings stand still")
+        };
         self.memory.note_own(false);
         if self.moves.one_in(4) {
             self.coverage.count("migration: failed at its end");
@@ -255,7 +276,7 @@ impl Simulation {
         match phase {
             Phase::Copying => self.coverage.count("migration: worker death while logging"),
             Phase::Stopping(_) => self.end_migration("migration: worker death while rings stop"),
-            Phase::Leaving(_) => {
+            Phase::Leaving(_) | Phase::Ending(_) => {
                 self.coverage.count("migration: worker death after rings stopped");
                 self.arrive();
             }
