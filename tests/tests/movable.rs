@@ -7,7 +7,10 @@ use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use upcall_tests::{Part, RawClient, RawOptions, Scratch, Server, c_filter, kind, root, status};
+use serde_json::Value;
+use upcall_tests::{
+    Ended, Part, RawClient, RawOptions, Scratch, Server, c_filter, kind, root, status, upcall,
+};
 
 const BYTES: u64 = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -244,7 +247,110 @@ fn what_cannot_move_is_refused() {
     let ended = upcall_tests::upcall(&["serve", "--movable", "--disk", &disk]);
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stderr.contains("only raw images and devices"), "{}", ended.stderr);
-    // There is none; who asks for one is told.
-    let ended = upcall_tests::upcall(&["serve", "--movable", "--control", "c", "--disk", &disk]);
-    assert_eq!(ended.code, Some(2), "{ended:?}");
+}
+
+/// A worker with a control socket at `control`.
+fn controlled(shared: &Shared, control: &str) -> Host {
+    shared.serve_with(true, &["--control", control])
+}
+
+/// What is shown of the disk there.
+fn shown(control: &str) -> Value {
+    let ended = upcall(&["show", "--json", "--control", control]);
+    ended.expect_success();
+    serde_json::from_str(&ended.stdout).unwrap()
+}
+
+/// The names of its slots.
+fn chain(control: &str) -> Vec<String> {
+    let shown = shown(control);
+    let slots = shown["chain"].as_array().unwrap().iter();
+    slots.map(|slot| slot["name"].as_str().unwrap().to_owned()).collect()
+}
+
+/// Waits until the disk is so there.
+#[track_caller]
+fn expect_state(control: &str, state: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while shown(control)["state"] != state {
+        assert!(Instant::now() < deadline, "not {state}: {}", shown(control));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn attach_trace(control: &str) -> Ended {
+    let trace = c_filter("trace", 64);
+    upcall(&["chain", "attach", "root", trace.to_str().unwrap(), "--control", control])
+}
+
+#[track_caller]
+fn expect_refused(ended: &Ended, why: &str) {
+    assert!(ended.code != Some(0) && ended.stderr.contains(why), "{ended:?}");
+}
+
+#[test]
+fn chains_are_changed_where_the_guest_is_and_not_while_it_leaves() {
+    let shared = Shared::new();
+    let (at_here, at_there) = (shared.scratch.text("here"), shared.scratch.text("there"));
+    let (here, there) = (controlled(&shared, &at_here), controlled(&shared, &at_there));
+    let mut source = here.connect().join().unwrap();
+    write(&mut source, 1, 1);
+    let as_begun = chain(&at_here);
+    assert_eq!((shown(&at_here)["state"].as_str(), as_begun.len()), (Some("here"), 2));
+    assert_eq!((shown(&at_there)["state"].as_str(), chain(&at_there).len()), (Some("waiting"), 0));
+    expect_refused(&attach_trace(&at_there), "not on this host");
+
+    attach_trace(&at_here).expect_success();
+    assert_eq!(chain(&at_here).len(), 3);
+    upcall(&["chain", "detach", "root", "trace-0", "--control", &at_here]).expect_success();
+    source.start_logging().unwrap();
+    expect_state(&at_here, "leaving");
+    expect_refused(&attach_trace(&at_here), "being migrated");
+    assert_eq!(chain(&at_here), as_begun);
+    // It stays after all, and is then here as before.
+    source.stop_logging().unwrap();
+    expect_state(&at_here, "here");
+    attach_trace(&at_here).expect_success();
+    upcall(&["chain", "detach", "root", "trace-0", "--control", &at_here]).expect_success();
+
+    let target = there.connect();
+    leave(&mut source);
+    let mut target = target.join().unwrap();
+    assert_eq!(read(&mut target, 1), vec![1; 512]);
+    expect_state(&at_there, "here");
+    expect_state(&at_here, "waiting");
+    expect_refused(&attach_trace(&at_here), "not on this host");
+    assert_eq!(chain(&at_there), as_begun);
+
+    // Where it is it gets another chain, without which nobody takes it up.
+    attach_trace(&at_there).expect_success();
+    let changed = chain(&at_there);
+    let again = start_again(source);
+    leave(&mut target);
+    here.hear("give it the same filters", 1);
+    assert!(!again.is_finished());
+    expect_state(&at_here, "waiting");
+    let mut target = start_again(target).join().unwrap();
+    assert_eq!((read(&mut target, 1), chain(&at_there)), (vec![1; 512], changed));
+    drop(target);
+    there.server.stop();
+    drop(here);
+    let _ = again.join();
+}
+
+#[test]
+fn a_guest_that_leaves_by_its_end_is_no_longer_leaving() {
+    let shared = Shared::new();
+    let control = shared.scratch.text("control");
+    let here = controlled(&shared, &control);
+    let mut guest = here.connect().join().unwrap();
+    guest.start_logging().unwrap();
+    expect_state(&control, "leaving");
+    drop(guest);
+    here.hear("given up", 1);
+    let guest = here.connect().join().unwrap();
+    expect_state(&control, "here");
+    attach_trace(&control).expect_success();
+    drop(guest);
+    here.server.stop();
 }

@@ -22,4 +22,4 @@ pub use client::{Client, ClientError, Follow};
 pub use events::Events;
 pub use problem::Problem;
 pub use said::{Said, sink};
-pub use server::{Server, ServerError, openapi};
+pub use server::{Server, ServerError, Shown, openapi};

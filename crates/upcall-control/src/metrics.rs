@@ -7,7 +7,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::resource::Disk;
+use crate::resource::{Disk, DiskState};
 
 /// The text of all metrics, in the OpenMetrics format.
 pub(crate) fn text(disks: Vec<Disk>) -> String {
@@ -90,7 +90,7 @@ impl Collector for Hops {
         }
         let help = "The number of the chain's make-up";
         let mut family = encoder.encode_descriptor("chain_generation", help, None, kind)?;
-        for disk in &self.0 {
+        for disk in self.0.iter().filter(|disk| disk.state != DiskState::Waiting) {
             let labels = [("disk", disk.name.as_str())];
             ConstGauge::new(disk.generation as i64).encode(family.encode_family(&labels)?)?;
         }

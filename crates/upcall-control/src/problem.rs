@@ -35,6 +35,8 @@ impl Problem {
         let title = match kind {
             "busy" => "Another change is on its way",
             "ending" => "The worker is ending",
+            "leaving" => "The guest is being migrated",
+            "waiting" => "The guest is not on this host",
             "not-found" => "There is no such thing",
             "refused" => "The change is not possible",
             "rolled-back" => "The change was given up, and everything is as it was",

@@ -22,18 +22,32 @@ pub struct Worker {
 pub struct Disk {
     /// Its name.
     pub name: String,
+    /// Whether this worker has it.
+    pub state: DiskState,
     /// What the store is.
     pub store: String,
     #[allow(missing_docs)]
     pub capacity_bytes: u64,
     #[allow(missing_docs)]
     pub queues: u16,
-    /// The number of the chain's make-up: each change makes it larger.
+    /// The number of the chain's make-up: each change makes it larger; each worker begins with 1.
     pub generation: u64,
     /// Its filters, from the guest to the store.
     pub chain: Vec<Slot>,
     /// The whole request, each filter, the store.
     pub hops: Vec<Hop>,
+}
+
+/// Whether a worker has a disk. Those that cannot move to another host it always has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskState {
+    /// It has.
+    Here,
+    /// It has, and the guest is being migrated: its chain stays as it is.
+    Leaving,
+    /// The guest is elsewhere, or there is none: there is no chain, and nothing is counted.
+    Waiting,
 }
 
 /// A filter's place on a disk.
@@ -300,18 +314,30 @@ pub struct Event {
 impl Disk {
     pub(crate) fn new(
         summary: &worker::DiskSummary,
+        state: DiskState,
         chain: &worker::ChainView,
         hops: &[HopSnapshot],
     ) -> Disk {
         let own = hops.iter().filter(|hop| hop.disk == summary.name);
         Disk {
-            name: summary.name.clone(),
-            store: summary.store.clone(),
-            capacity_bytes: summary.info.capacity,
-            queues: summary.queues,
+            state,
             generation: chain.generation,
             chain: chain.slots.iter().map(Slot::new).collect(),
             hops: own.map(Hop::new).collect(),
+            ..Disk::waiting(summary)
+        }
+    }
+
+    pub(crate) fn waiting(summary: &worker::DiskSummary) -> Disk {
+        Disk {
+            name: summary.name.clone(),
+            state: DiskState::Waiting,
+            store: summary.store.clone(),
+            capacity_bytes: summary.info.capacity,
+            queues: summary.queues,
+            generation: 0,
+            chain: Vec::new(),
+            hops: Vec::new(),
         }
     }
 }

@@ -18,7 +18,7 @@ use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::BroadcastStream;
-use upcall_worker::{Chains, DiskSummary};
+use upcall_worker::{Chains, ChainsNow, DiskSummary};
 use utoipa::OpenApi;
 
 use crate::events::Events;
@@ -61,21 +61,27 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What is served, and its chains: asked anew for each call, as both may come and go.
+pub struct Shown {
+    #[allow(missing_docs)]
+    pub disks: Box<dyn Fn() -> Vec<DiskSummary> + Send + Sync>,
+    /// Those of `disks`, in their order.
+    pub chains: Box<dyn Fn() -> ChainsNow + Send + Sync>,
+}
+
 /// What the calls work on.
 struct Served {
-    disks: Box<dyn Fn() -> Vec<DiskSummary> + Send + Sync>,
-    chains: Chains,
+    shown: Shown,
     events: Events,
     owner: u32,
 }
 
 impl Server {
-    /// Serves at `path`, with the permissions `mode`. `disks` says what is served.
+    /// Serves at `path`, with the permissions `mode`, what is `shown`.
     pub fn start(
         path: &FilePath,
         mode: u32,
-        disks: impl Fn() -> Vec<DiskSummary> + Send + Sync + 'static,
-        chains: Chains,
+        shown: Shown,
         events: Events,
     ) -> Result<Server, ServerError> {
         let failed = |source| ServerError::System { path: path.to_owned(), source };
@@ -84,7 +90,7 @@ impl Server {
             use std::os::unix::fs::MetadataExt;
             own.uid()
         });
-        let served = Served { disks: Box::new(disks), chains, events, owner };
+        let served = Served { shown, events, owner };
         let (end, ended) = oneshot::channel();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
@@ -204,12 +210,31 @@ fn router(served: Arc<Served>) -> Router {
 }
 
 fn all_disks(served: &Served) -> Vec<Disk> {
-    let (chains, hops) = (served.chains.chains(), served.chains.hops());
-    (served.disks)()
-        .iter()
-        .zip(&chains)
-        .map(|(disk, chain)| Disk::new(disk, chain, &hops))
-        .collect()
+    let disks = (served.shown.disks)();
+    let (state, chains) = match (served.shown.chains)() {
+        ChainsNow::Here(chains) => (DiskState::Here, chains),
+        ChainsNow::Leaving(chains) => (DiskState::Leaving, chains),
+        ChainsNow::Waiting => return disks.iter().map(Disk::waiting).collect(),
+    };
+    let (views, hops) = (chains.chains(), chains.hops());
+    disks.iter().zip(&views).map(|(disk, chain)| Disk::new(disk, state, chain, &hops)).collect()
+}
+
+/// The chains, if they may be changed now; else which problem there is, and what to do.
+fn changeable(served: &Served) -> Result<Chains, (&'static str, &'static str)> {
+    match (served.shown.chains)() {
+        ChainsNow::Here(chains) => Ok(chains),
+        ChainsNow::Leaving(_) => Err((
+            "leaving",
+            "the guest is being migrated, and where it goes its disks are awaited with the chains \
+             that they have now: change them when the migration has ended, where the guest is then",
+        )),
+        ChainsNow::Waiting => Err((
+            "waiting",
+            "the guest is not on this host: change the chains where it is, or, if it is nowhere, \
+             start this worker with other filters",
+        )),
+    }
 }
 
 fn no_disk(name: &str) -> Problem {
@@ -250,9 +275,12 @@ async fn in_flight(
     State(served): State<Arc<Served>>,
     Path(name): Path<String>,
 ) -> Result<Json<Vec<InFlight>>, Problem> {
-    let place = (served.disks)().iter().position(|disk| disk.name == name);
+    let place = (served.shown.disks)().iter().position(|disk| disk.name == name);
     let place = place.ok_or_else(|| no_disk(&name))?;
-    let asked = tokio::task::spawn_blocking(move || served.chains.in_flight(place));
+    let (ChainsNow::Here(chains) | ChainsNow::Leaving(chains)) = (served.shown.chains)() else {
+        return Ok(Json(Vec::new()));
+    };
+    let asked = tokio::task::spawn_blocking(move || chains.in_flight(place));
     let all = asked.await.unwrap_or_default();
     Ok(Json(all.iter().map(InFlight::new).collect()))
 }
@@ -285,10 +313,19 @@ async fn change(
     let Json(asked) = body.map_err(|error| nonsense(error.body_text()))?;
     let wanted = asked.to_worker().map_err(nonsense)?;
     let what = summary(&asked);
+    let chains = changeable(&served).map_err(|(kind, why)| {
+        tracing::warn!(
+            user,
+            process,
+            change = what,
+            why,
+            "{who} asked for a chain change ({what}), and is refused: {why}"
+        );
+        Problem::new(kind, StatusCode::CONFLICT, why)
+    })?;
     if !asked.dry_run {
         tracing::info!(user, process, change = what, "{who} asks for a chain change: {what}");
     }
-    let chains = served.chains.clone();
     let done = tokio::task::spawn_blocking(move || {
         let done = chains.change(&wanted);
         match &done {

@@ -99,6 +99,7 @@ mod tests {
     fn disk(hops: &[HopSnapshot]) -> Disk {
         Disk {
             name: "root".into(),
+            state: crate::resource::DiskState::Here,
             store: String::new(),
             capacity_bytes: 0,
             queues: 1,

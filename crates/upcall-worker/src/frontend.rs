@@ -40,6 +40,9 @@ pub(crate) trait Supply: Send + Sync {
 
     /// No ring runs any more.
     fn leave(&self, left: Left);
+
+    /// The guest's memory is being copied elsewhere from now on, or no more.
+    fn moving(&self, _on: bool) {}
 }
 
 /// How a guest has left a disk.
@@ -213,6 +216,9 @@ impl Accepting {
                 Ok(Ended::ShutDown) => {}
                 Err(error) => say.say(LogLevel::Warn, &format!("the connection ended: {error}")),
             }
+            if queues.is_logged {
+                queues.supply.moving(false);
+            }
             if queues.connected.fetch_sub(1, Ordering::SeqCst) == 1
                 && !queues.ending.load(Ordering::SeqCst)
             {
@@ -322,6 +328,7 @@ impl QueueHost for Queues {
 
     fn logging(&mut self, on: bool) {
         self.is_logged = on;
+        self.supply.moving(on);
         let text = match on {
             true => "its guest's memory is copied elsewhere (a migration): writes to it are logged",
             false => "its guest's memory is no longer copied: writes to it are not logged",

@@ -36,7 +36,7 @@ pub use config::{
 };
 pub use direct::{DirectClient, DirectQueue, direct_queue};
 pub use error::StartError;
-pub use movable::{Again, MovableWorker};
+pub use movable::{Again, ChainsNow, MovableView, MovableWorker};
 pub use upcall_chain::{FailedAt, OnFailure, RecoveryPolicy};
 pub use worker::{DiskSummary, ExitReport, Wake, Worker, wait};
 

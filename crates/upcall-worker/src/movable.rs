@@ -18,8 +18,8 @@ use upcall_state::{Handover, StateError};
 use upcall_store::OpenError;
 use upcall_vhost::{BlkConfig, Listener};
 
-use crate::chains::WriteDown;
 use crate::chains::request::ChainView;
+use crate::chains::{Chains, WriteDown};
 use crate::config::{
     FrontendConfig, LogLevel, LogSink, SlotConfig, StoreConfig, StoreFailures, WorkerConfig,
 };
@@ -83,7 +83,6 @@ impl MovableWorker {
             }
             Err(error) => return Err(error),
         };
-        let is_waiting = worker.is_none();
         let seat = Arc::new(Seat {
             again,
             chains,
@@ -91,14 +90,24 @@ impl MovableWorker {
             names: names.clone(),
             configs: OnceLock::new(),
             log: log.clone(),
+            now: Mutex::default(),
             seated: Mutex::new(Seated { worker, users: BTreeSet::new(), moved: false }),
         });
-        seat.begin(listeners, looked, drain_ms, is_waiting)
+        seat.begin(listeners, looked, drain_ms)
+    }
+
+    /// The disks and their chains, as they are whenever that is asked, from any thread.
+    pub fn view(&self) -> MovableView {
+        MovableView { seat: self.seat.clone(), summaries: self.summaries.clone() }
     }
 
     /// What is served. Of disks that another process has, what they are expected to be.
     pub fn disks(&self) -> Vec<DiskSummary> {
-        self.summaries.clone()
+        let mut disks = self.summaries.clone();
+        if self.seat.now().chains.is_none() {
+            disks.iter_mut().for_each(|disk| disk.store += "; another process uses it: waiting");
+        }
+        disks
     }
 
     /// As [`Worker::look_again`], for disks without filters that are in use here.
@@ -121,6 +130,46 @@ impl MovableWorker {
         self.frontends.clear();
         let worker = self.seat.lock().worker.take();
         worker.map_or_else(ExitReport::default, Worker::shutdown)
+    }
+}
+
+/// What a worker that can move has now.
+#[derive(Clone)]
+pub enum ChainsNow {
+    /// The disks, for good or as long as their guest stays.
+    Here(Chains),
+    /// As `Here`, and their guest's memory is being copied to another host: soon they may be there.
+    Leaving(Chains),
+    /// Nothing: their guest is elsewhere, or there is none.
+    Waiting,
+}
+
+/// A [`MovableWorker`], for who looks at it and changes its chains.
+#[derive(Clone)]
+pub struct MovableView {
+    seat: Arc<Seat>,
+    summaries: Vec<DiskSummary>,
+}
+
+impl MovableView {
+    /// What is served, as large as it is by now.
+    pub fn disks(&self) -> Vec<DiskSummary> {
+        let configs = self.seat.configs.get().map_or(&[][..], Vec::as_slice);
+        let mut disks = self.summaries.clone();
+        for (disk, config) in disks.iter_mut().zip(configs) {
+            disk.info.capacity = config.capacity();
+        }
+        disks
+    }
+
+    /// The chains. Never waits for disks that are taken up or given up meanwhile.
+    pub fn chains(&self) -> ChainsNow {
+        let now = self.seat.now();
+        match &now.chains {
+            None => ChainsNow::Waiting,
+            Some(chains) if now.moving.is_empty() => ChainsNow::Here(chains.clone()),
+            Some(chains) => ChainsNow::Leaving(chains.clone()),
+        }
     }
 }
 
@@ -203,7 +252,17 @@ struct Seat {
     /// By disk, as guests were told.
     configs: OnceLock<Vec<Arc<BlkConfig>>>,
     log: LogSink,
+    now: Mutex<Now>,
     seated: Mutex<Seated>,
+}
+
+/// What a [`MovableView`] sees. Locked for moments only, and behind `seated`.
+#[derive(Default)]
+struct Now {
+    /// Those of the seated worker.
+    chains: Option<Chains>,
+    /// Disks whose guest's memory is being copied elsewhere.
+    moving: BTreeSet<usize>,
 }
 
 struct Seated {
@@ -219,6 +278,10 @@ impl Seat {
         self.seated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn say(&self, disk: &str, level: LogLevel, text: &str) {
         (self.log)(level, &format!("disk {disk}: {text}"));
     }
@@ -228,7 +291,6 @@ impl Seat {
         listeners: Vec<(Listener, FrontendConfig, u16)>,
         looked: Vec<Looked>,
         drain_ms: u64,
-        is_waiting: bool,
     ) -> Result<MovableWorker, StartError> {
         let mut configs = Vec::new();
         for ((name, (_, frontend, queues)), looked) in
@@ -238,17 +300,17 @@ impl Seat {
         }
         if let Some(worker) = &self.lock().worker {
             take_settings(worker, &configs);
+            self.now().chains = Some(worker.chains());
         }
         let _ = self.configs.set(configs.clone());
         let (mut frontends, mut summaries) = (Vec::new(), Vec::new());
         for (disk, ((listener, _, queues), looked)) in listeners.into_iter().zip(looked).enumerate()
         {
             let name = self.names[disk].clone();
-            let waiting = if is_waiting { "; another process uses it: waiting" } else { "" };
             summaries.push(DiskSummary {
                 name: name.to_string(),
                 info: looked.info,
-                store: looked.store + waiting,
+                store: looked.store,
                 chain: looked.filters,
                 queues,
                 nbd: None,
@@ -284,11 +346,15 @@ impl Seat {
             return Err(Refused { is_busy: false, text });
         }
         take_settings(&worker, configs);
+        self.now().chains = Some(worker.chains());
         self.names.iter().for_each(|name| self.say(name, LogLevel::Info, "taken up"));
         Ok(worker)
     }
 
     fn give_up(&self, worker: Worker) {
+        self.now().chains = None;
+        // A change that is on its way ends first: handed over is the chain that it leaves.
+        worker.chains.end();
         let known = self.failures.known();
         let configs = self.configs.get().map_or(&[][..], Vec::as_slice);
         let chains = worker.chains.chains();
@@ -380,6 +446,14 @@ impl Supply for Place {
                 std::thread::sleep(PAUSE);
             }
         }
+    }
+
+    fn moving(&self, on: bool) {
+        let mut now = self.seat.now();
+        match on {
+            true => now.moving.insert(self.disk),
+            false => now.moving.remove(&self.disk),
+        };
     }
 
     fn leave(&self, left: Left) {

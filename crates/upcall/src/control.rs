@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use upcall_control::resource::{Change, Changed, Disk, DiskChange, Edit, Event, InFlight, Param};
+use upcall_control::resource::{
+    Change, Changed, Disk, DiskChange, DiskState, Edit, Event, InFlight, Param,
+};
 use upcall_control::{Client, ClientError};
 
 use crate::cli::{ChainCommand, ChangeArgs, EventsArgs, MetricsArgs, ShowArgs};
@@ -51,13 +53,13 @@ pub fn show(args: ShowArgs) -> Result<(), Failure> {
 
 /// A disk for people.
 fn text(disk: &Disk, flights: Option<&[InFlight]>) -> String {
-    let mut text = format!(
-        "disk {}: {}, {}, generation {}\n",
-        disk.name,
-        disk.store,
-        size_text(disk.capacity_bytes),
-        disk.generation
-    );
+    let how = match disk.state {
+        DiskState::Here => format!("generation {}", disk.generation),
+        DiskState::Leaving => format!("generation {}, its guest is leaving", disk.generation),
+        DiskState::Waiting => "waiting: its guest is not here".to_owned(),
+    };
+    let size = size_text(disk.capacity_bytes);
+    let mut text = format!("disk {}: {}, {size}, {how}\n", disk.name, disk.store);
     // Writing to a String does not fail.
     for slot in &disk.chain {
         let _ = writeln!(

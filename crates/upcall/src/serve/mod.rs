@@ -32,10 +32,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustix::process::{Pid, Resource};
-use upcall_control::{Events, Server};
+use upcall_control::{Events, Server, Shown};
 use upcall_worker::{
-    Chains, DiskSummary, ExitReport, LogLevel, MovableWorker, RecoveryPolicy, SocketSource,
-    StoreFailures, Wake, Worker, WorkerConfig,
+    Chains, ChainsNow, DiskSummary, ExitReport, LogLevel, MovableWorker, RecoveryPolicy,
+    SocketSource, StoreFailures, Wake, Worker, WorkerConfig,
 };
 
 use self::handover::{Orders, ToSupervisor};
@@ -141,25 +141,16 @@ fn serve(
     };
     let worker = worker.map_err(Failure::new)?;
     let control = args.control.clone().unwrap_or_else(|| stats::control_beside(&stats));
-    // A worker that can move to another host has none yet.
-    let served = match &worker {
-        Serving::Here(worker) => {
-            let (chains, mode) = (worker.chains(), args.control_mode.0);
-            let disks = disks_now(worker.disks(), chains.clone());
-            Some(Server::start(&control, mode, disks, chains, events))
-        }
-        Serving::Movable(_) => None,
-    };
+    let served = Server::start(&control, args.control_mode.0, worker.shown(), events);
     let control_server = match served {
-        None => None,
-        Some(Ok(server)) => Some(server),
+        Ok(server) => Some(server),
         // The disks count more than who would look at them; but what was asked for by name is
         // given, or nothing is.
-        Some(Err(error)) if args.control.is_none() => {
+        Err(error) if args.control.is_none() => {
             log(LogLevel::Warn, &error.to_string());
             None
         }
-        Some(Err(error)) => {
+        Err(error) => {
             let _ = worker.shutdown();
             return Err(Failure::new(error));
         }
@@ -214,6 +205,22 @@ impl Serving {
         match self {
             Serving::Here(worker) => worker.disks(),
             Serving::Movable(worker) => worker.disks(),
+        }
+    }
+
+    /// What the control socket shows.
+    fn shown(&self) -> Shown {
+        match self {
+            Serving::Here(worker) => {
+                let chains = worker.chains();
+                let disks = Box::new(disks_now(worker.disks(), chains.clone()));
+                Shown { disks, chains: Box::new(move || ChainsNow::Here(chains.clone())) }
+            }
+            Serving::Movable(worker) => {
+                let (disks, chains) = (worker.view(), worker.view());
+                let disks = Box::new(move || disks.disks());
+                Shown { disks, chains: Box::new(move || chains.chains()) }
+            }
         }
     }
 
