@@ -230,6 +230,10 @@ impl Disk {
     /// A worker begins, with the chain that is written down.
     pub fn begin_life(&mut self) {
         self.moment += 1;
+        if self.slots.iter().any(|slot| slot.is_leaving && slot.role == Role::Splitter) {
+            // What waited for a dead one may have gone past it.
+            self.copy_unsure.fill(true);
+        }
         // They were told that they leave, and that was not to be; or they are new.
         let left = self.left.iter_mut().filter(|slot| slot.gaps.is_none());
         let leaving = self.slots.iter_mut().filter(|slot| slot.is_leaving);
