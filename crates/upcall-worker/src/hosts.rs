@@ -75,6 +75,8 @@ pub(crate) struct Watched {
 enum Order {
     News(HostNews),
     SetUp(HostId, Box<Result<(HostProcess, SetUp), StartError>>),
+    SetAside(HostId, SyncSender<bool>),
+    Release(HostId),
     Lend(HostId, SyncSender<Option<HostProcess>>),
     GiveBack(HostId, Box<HostProcess>),
     Adopt(HostId, Box<Watched>, Option<TrialEnds>),
@@ -106,6 +108,20 @@ impl HostKeeper {
     /// Gives a host back, which may have died or been killed meanwhile.
     pub(crate) fn give_back(&self, host: HostId, process: HostProcess) {
         self.order(Order::GiveBack(host, Box::new(process)));
+    }
+
+    /// Starts a host no more that does not serve, until it is [released](Self::release): another
+    /// filter takes its slot's place, and of one slot no two instances are ever open. False if
+    /// a process of it is there: it is being started just now, or is not dead yet.
+    pub(crate) fn set_aside(&self, host: HostId) -> bool {
+        let (reply, is_done) = sync_channel(1);
+        self.order(Order::SetAside(host, reply));
+        is_done.recv().unwrap_or(true)
+    }
+
+    /// A host that was set aside is started again in time, unless it is forgotten.
+    pub(crate) fn release(&self, host: HostId) {
+        self.order(Order::Release(host));
     }
 
     /// Watches another host from now on. One on trial is not started again when it fails;
@@ -266,6 +282,8 @@ struct Host {
     longest_stall_ns: u64,
     /// It is on trial.
     trial: Option<TrialEnds>,
+    /// It is not to be started now.
+    is_aside: bool,
 }
 
 impl Host {
@@ -284,6 +302,7 @@ impl Host {
             failed_ns: 0,
             longest_stall_ns: 0,
             trial: None,
+            is_aside: false,
         }
     }
 
@@ -300,7 +319,7 @@ impl Host {
 
     /// Whether it waits for its time to be started.
     fn is_waiting(&self) -> bool {
-        self.phase == Phase::Waiting && self.trial.is_none()
+        self.phase == Phase::Waiting && self.trial.is_none() && !self.is_aside
     }
 
     /// Its disks and what becomes of their requests, for people.
@@ -364,6 +383,12 @@ impl Watch {
                     Order::SetUp(host, result) => self.hear_set_up(host, *result),
                     Order::Lend(host, reply) => drop(reply.send(self.lend(host))),
                     Order::GiveBack(host, process) => self.take_back(host, *process),
+                    Order::SetAside(host, reply) => drop(reply.send(self.set_aside(host))),
+                    Order::Release(host) => {
+                        if let Some(host) = self.hosts.get_mut(&host) {
+                            host.is_aside = false;
+                        }
+                    }
                     Order::Adopt(id, watched, trial) => {
                         let host = Host { trial, ..Host::new(*watched, self.policy) };
                         self.hosts.insert(id, host);
@@ -470,6 +495,12 @@ impl Watch {
         }
         host.phase = Phase::Lent { condemned: None };
         host.process.take()
+    }
+
+    fn set_aside(&mut self, id: HostId) -> bool {
+        let Some(host) = self.hosts.get_mut(&id) else { return true };
+        host.is_aside = matches!(host.phase, Phase::Quieting { .. } | Phase::Waiting | Phase::Gone);
+        host.is_aside
     }
 
     fn take_back(&mut self, id: HostId, process: HostProcess) {

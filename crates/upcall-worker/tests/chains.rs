@@ -401,6 +401,39 @@ fn a_filter_that_is_dead_for_good_is_replaced_while_requests_wait_for_it() {
     worker.shutdown();
 }
 
+/// Who waits for its time to be started again is not, while who takes its place opens.
+#[test]
+fn of_a_slot_whose_filter_is_dead_no_two_instances_are_ever_open() {
+    let filters = Filters::new("two");
+    let log = Log::default();
+    let dies = bad(&filters.changer[0], "die");
+    let worker = start(vec![memory_disk("a", BYTES as u64, vec![dies])], &log);
+    let mut disk = Driver::new(&worker, 0, 0);
+    disk.fill(0, &[5; 4096]);
+    let tag = disk.submit(Op::Write, 0, 4096, 0);
+    // It is started again 10, 20, 40 and 80 ms after its deaths.
+    let opened =
+        |log: &Log| log.0.lock().unwrap().iter().filter(|l| l.contains("event open ")).count();
+    let until = std::time::Instant::now() + PATIENCE;
+    while opened(&log) < 4 {
+        assert!(std::time::Instant::now() < until, "it is not started again");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let change = ChainChange::of("a", vec![set_params("changer", "bad", "slow-open")]);
+    // One that is just being started is waited for, by whoever asked.
+    while let Err(error) = worker.chains().change(&change) {
+        assert!(error.to_string().contains("just being started"), "{error}");
+        assert!(std::time::Instant::now() < until, "{error}");
+    }
+    assert_eq!(disk.wait(), (tag, Ok(())));
+    let lines = log.0.lock().unwrap().clone();
+    let opening = lines.iter().position(|line| line.contains("event opening 1")).unwrap();
+    let after = lines[opening..].iter().filter(|line| line.contains("event open 1")).count();
+    assert_eq!(after, 1, "{lines:#?}");
+    worker.stop_queue(0, 0);
+    worker.shutdown();
+}
+
 #[test]
 fn a_chain_is_written_down_before_it_takes_effect_and_not_changed_if_it_cannot_be() {
     use std::sync::Mutex;

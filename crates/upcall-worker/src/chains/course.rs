@@ -281,6 +281,8 @@ struct Course<'a> {
     drain_ms: u64,
     /// Hosts that we talk to.
     lent: HashMap<HostId, HostProcess>,
+    /// Dead hosts of slots that leave, which are not to be started meanwhile.
+    aside: Vec<HostId>,
     /// Instances that were told of the stun.
     stunned: HashSet<u32>,
     /// What leaving slots saved, by disk and place; there once they are closed.
@@ -302,6 +304,7 @@ impl Course<'_> {
             plans,
             drain_ms,
             lent: HashMap::new(),
+            aside: Vec::new(),
             stunned: HashSet::new(),
             closed: HashMap::new(),
             make_ups: Vec::new(),
@@ -438,6 +441,9 @@ impl Course<'_> {
             process.set_timeout(USUAL);
             self.core.keeper.give_back(host, process);
         }
+        for host in self.aside.drain(..) {
+            self.core.keeper.release(host);
+        }
         for plan in &self.plans {
             for engine in &self.core.disks[plan.disk].engines {
                 engine.send(Command::Unstun);
@@ -506,7 +512,14 @@ impl Course<'_> {
                     slot.name
                 ));
             }
-            // It is dead; requests may wait for who comes.
+            // It is dead, and stays so; requests may wait for who comes.
+            if !self.core.keeper.set_aside(slot.host) {
+                return Err(format!(
+                    "filter {} is just being started again: try again when it serves",
+                    slot.name
+                ));
+            }
+            self.aside.push(slot.host);
             self.closed.insert((plan.disk, place), None);
             return Ok(());
         };

@@ -68,6 +68,10 @@ static int32_t open_instance(struct upcall_instance *inst, void **self) {
         kill(getpid(), SIGKILL);
     if (is(c, "hang-open"))
         hang();
+    if (is(c, "slow-open")) {
+        up->log(inst, UPCALL_LOG_INFO, "event opening " VERSION);
+        usleep(400000);
+    }
     *self = c;
     up->log(inst, UPCALL_LOG_INFO, "event open " VERSION);
     return 0;
