@@ -670,10 +670,9 @@ impl Turn<'_, '_> {
         self.check_write(entry);
         self.note_change(entry, false);
         if self.process.fails {
-            // Its trial ends with that: nobody hears it.
+            // Its trial ends with that, and nobody hears it, unless the trial has just been stood.
             self.process.babbled = true;
-            let host = self.host();
-            return self.world.hosts[host].answer_with(entry, verdict::FAIL, EIO, 0);
+            return self.answer(entry, verdict::FAIL, EIO, 0);
         }
         if self.reaches(Step::Taken) {
             return;
