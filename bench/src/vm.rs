@@ -49,7 +49,7 @@ impl Vm {
     pub fn move_to(&self, other: &Vm) -> Result<Moved, String> {
         // Memory is copied as fast as it goes. What is left for the last step, and so most of
         // what the guest stands still for, is as much as QEMU is allowed.
-        let words = ["--bandwidth", "1000000000", "--downtime", "50", "--timeout", "60"];
+        let words = ["--bandwidth", "1000000000", "--downtime", "300", "--timeout", "60"];
         let words = words.map(str::to_owned);
         let options = [&[other.folder.display().to_string()], &words[..]].concat();
         let said = self.ctl("migrate", &options)?;

@@ -325,7 +325,7 @@ fn downtimes(report: &Report) -> Option<(String, bool)> {
     };
     let (ours, theirs) = (lost(&path::ours(0))? + lost(&path::ours(1))?, lost(path::PEER)?);
     figures.push(format!("{}: {ours}, theirs {theirs}", migration::LOST));
-    Some((figures.join("<br>"), all))
+    Some((figures.join("<br>"), all && ours == 0.0))
 }
 
 fn guest_to_peer(report: &Report) -> Option<(String, bool)> {
