@@ -34,6 +34,14 @@ fn a_host_that_hangs_without_a_request_holds_nobody_up() {
     assert!(outcome.wrong.is_none(), "{}", outcome.wrong.unwrap_or_default());
 }
 
+/// A dead filter was replaced while requests waited for it: what it was still to be told kept the
+/// queue thread awake, once each millisecond, for ever.
+#[test]
+fn nobody_waits_for_room_in_the_ring_of_a_filter_that_has_left() {
+    let outcome = run_world(910_001_187, Run::default());
+    assert!(outcome.wrong.is_none(), "{}", outcome.wrong.unwrap_or_default());
+}
+
 #[test]
 fn a_seed_does_the_same_whenever_it_is_run() {
     for seed in 1..10 {

@@ -99,6 +99,10 @@ impl Link {
                 None => Sent::Queued,
             };
         }
+        if self.is_dead() {
+            // Nobody takes it any more; the next life has another ring.
+            return Sent::Queued;
+        }
         if !self.backlog.is_empty() || self.way.channel.submissions.push(submission).is_err() {
             self.backlog.push_back(*submission);
         }
@@ -216,6 +220,13 @@ impl Link {
     pub(super) fn end_drain(&mut self, is_for_good: bool) {
         self.state = State::Down { is_for_good };
         self.is_quieting = !is_for_good;
+        self.backlog.clear();
+        self.stuck_since_ns = None;
+    }
+
+    /// No slot has it any more: nothing is said to its host, and nothing heard.
+    pub(super) fn retire(&mut self) {
+        self.state = State::Down { is_for_good: true };
         self.backlog.clear();
         self.stuck_since_ns = None;
     }

@@ -225,6 +225,7 @@ impl Engine {
         if self.flights.len() == 0 {
             self.forget_links();
         } else {
+            self.retire_links();
             self.adopt(&was, &chain, &replaced);
         }
     }
@@ -252,6 +253,16 @@ impl Engine {
         for link in links.into_iter().flatten().filter(|link| link.is_quieting) {
             let (host, life) = (link.host, link.life);
             (self.parts.tell)(crate::hosts::HostNews::Quiet { host, life });
+        }
+    }
+
+    /// Links that no slot has stay where they are while requests may name them. Nobody is behind
+    /// them: a thread that waited for room in such a ring would never sleep long again.
+    fn retire_links(&mut self) {
+        for (index, link) in self.parts.links.iter_mut().enumerate() {
+            if !self.parts.slots.iter().any(|slot| slot.link == index) {
+                link.retire();
+            }
         }
     }
 
