@@ -138,6 +138,9 @@ fn real(keys: &[u64]) -> Vec<u64> {
     keys.iter().copied().filter(|key| *key != 0).collect()
 }
 
+/// [`Slot::since`] of a slot whose filter is not open yet.
+const NOT_YET: u64 = u64::MAX;
+
 impl Disk {
     pub fn new(
         number: u32,
@@ -210,7 +213,7 @@ impl Disk {
             room: 0,
             gaps: policy.records_gaps(&role.spec()).then(Gaps::default),
             seen: Seen::new(self.guests),
-            since: self.moment,
+            since: NOT_YET,
             is_leaving: false,
             forgives: false,
         }
@@ -246,6 +249,10 @@ impl Disk {
             (slot.host, slot.instance, slot.room) = (number, number as u32, number + 1);
             slot.order = self.written[number].1;
             slot.forgives |= std::mem::take(&mut slot.is_leaving);
+            // New, and its change was written down when the worker died.
+            if slot.since == NOT_YET {
+                slot.since = self.moment;
+            }
         }
         self.slots = all;
     }

@@ -637,6 +637,7 @@ impl Turn<'_, '_> {
     }
 
     fn answer(&mut self, to: &Submission, code: u8, status: i32, cookie: u64) {
+        self.note(format_args!("answers {:#x} with verdict {code}, status {status}", to.token));
         if to.kind == submission_kind::DONE || code == verdict::PASS {
             self.note_change(to, true);
         }
@@ -649,6 +650,7 @@ impl Turn<'_, '_> {
     }
 
     fn hold(&mut self, entry: &Submission, why: Why) {
+        self.note(format_args!("holds {:#x}", entry.token));
         let host = self.host();
         self.world.hosts[host].hold(entry);
         self.desk().held.push(Held { entry: *entry, why });

@@ -854,7 +854,14 @@ impl Simulation {
             match self.next_event_ns() {
                 Some(at_ns) if at_ns <= until_ns => self.pass(at_ns.saturating_sub(self.now_ns)),
                 Some(_) => {
-                    panic!("not finished after {} s of virtual time", PATIENCE_NS / 1_000 / MS)
+                    let engines: Vec<_> =
+                        self.seats.iter().map(|seat| seat.world.wakes_in_ns()).collect();
+                    panic!(
+                        "not finished after {} s of virtual time: engines wake in {engines:?} ns, a \
+                         change is due at {:?}",
+                        PATIENCE_NS / 1_000 / MS,
+                        self.change_due_ns()
+                    )
                 }
                 None => {
                     assert!(self.migration.is_none(), "a migration never ends");

@@ -220,6 +220,8 @@ impl Simulation {
     fn end_copying(&mut self, places: Vec<u16>) {
         if self.change.is_some() {
             self.coverage.count("migration: amid a change of chains");
+        }
+        if self.change.is_some() || self.disks.iter().any(|disk| disk.has_unwritten()) {
             // What has completed has completed with the chain as it was.
             for at in 0..self.seats.len() {
                 self.reap(at);
