@@ -42,7 +42,7 @@ fn is_stale(entry: &DirEntry) -> bool {
     }
 }
 
-/// The process in a name as [`super::stats::usual`] gives, and what the file is.
+/// The process in a name as a server gives it, and what the file is.
 fn parts(name: &str) -> Option<(u32, &str)> {
     let (owner, what) = name.strip_prefix("upcall-")?.split_once('.')?;
     Some((owner.parse().ok()?, what))
