@@ -470,3 +470,53 @@ fn a_chain_is_written_down_before_it_takes_effect_and_not_changed_if_it_cannot_b
     worker.stop_queue(0, 0);
     worker.shutdown();
 }
+
+/// A slow disk may keep both the guest's requests and what is written down.
+#[test]
+fn a_filter_that_fails_while_its_chain_is_written_down_is_taken_back() {
+    use std::sync::Mutex;
+    use std::sync::mpsc::channel;
+    let filters = Filters::new("late");
+    let written: Arc<Mutex<Vec<usize>>> = Arc::default();
+    let (notes, (writing, is_writing), (go_on, may_go_on)) =
+        (written.clone(), channel(), channel());
+    let (writing, may_go_on) = (Mutex::new(writing), Mutex::new(may_go_on));
+    let write_down: WriteDown = Arc::new(move |chains: &[(String, Vec<SlotConfig>)]| {
+        let mut written = notes.lock().unwrap();
+        written.push(chains[0].1.len());
+        if written.len() == 1 {
+            writing.lock().unwrap().send(()).unwrap();
+            may_go_on.lock().unwrap().recv().unwrap();
+        }
+        Ok(())
+    });
+    let worker = Worker::start(WorkerConfig {
+        disks: vec![memory_disk("a", BYTES as u64, vec![])],
+        stats: None,
+        drain_ms: 300,
+        recovery: RecoveryPolicy::default(),
+        write_down: Some(write_down),
+        log: Log::default().sink(),
+    })
+    .unwrap();
+    let mut disk = Driver::new(&worker, 0, 0);
+    let mut change = ChainChange::of("a", vec![attach(bad(&filters.watcher[0], "fail"))]);
+    change.trial.ms = 1;
+    let said = std::thread::scope(|scope| {
+        let changing = scope.spawn(|| worker.chains().change(&change));
+        is_writing.recv_timeout(PATIENCE).unwrap();
+        let tag = disk.submit(Op::Write, 0, 4096, 0);
+        let until = std::time::Instant::now() + PATIENCE;
+        while !worker.chains().hops().iter().any(|hop| hop.health.failures > 0) {
+            assert!(std::time::Instant::now() < until, "it does not fail");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        go_on.send(()).unwrap();
+        assert_eq!(disk.wait(), (tag, Ok(())), "the guest sees nothing of it");
+        changing.join().unwrap().unwrap_err()
+    });
+    assert!(matches!(said, ChangeError::TrialFailed { .. }), "{said}");
+    assert_eq!(*written.lock().unwrap(), [1, 0], "the old chain is written over the new one");
+    worker.stop_queue(0, 0);
+    worker.shutdown();
+}

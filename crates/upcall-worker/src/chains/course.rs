@@ -74,6 +74,9 @@ pub(super) fn change(
         (None, true) => core.write_down_now().err(),
         _ => None,
     };
+    // Writing may take as long as a slow disk does, and the trial goes on: what was written down
+    // of one that fails meanwhile is overwritten when it is taken back.
+    let failed = failed.or_else(|| trial.try_recv().ok());
     if failed.is_none() && unwritten.is_none() {
         end_trials(core, &done);
         return Ok(done.changed);
