@@ -113,12 +113,34 @@ static uint32_t phase_of(uint32_t point, uint32_t kind)
     }
 }
 
+/* The host has said that it holds a request, since one was to be held. */
+static _Atomic int hold_is_said;
+
 /* The host is at this point of its own. */
 __attribute__((visibility("default")))
 void upcall_test_point(uint32_t point, uint32_t kind, uint32_t op)
 {
     if (find_trigger() == 0)
         reach(FROM_HOST + PHASES * point + phase_of(point, kind), op);
+    if (point == HOST_PUT && kind == WIRE_HELD)
+        atomic_store(&hold_is_said, 1);
+}
+
+/* A request that is answered before the host says that it is held, never is: what is to happen
+ * while it says so would happen to another one. With several in flight it may be another's hold,
+ * so not for ever. */
+static void wait_until_held(void)
+{
+    for (int ms = 0; ms < 1000 && !atomic_load(&hold_is_said); ms++)
+        usleep(1000);
+}
+
+static uint32_t hold(struct upcall_instance *inst, void (*answers)(void *), struct upcall_request *req)
+{
+    atomic_store(&hold_is_said, 0);
+    if (up->run_blocking(inst, answers, req))
+        abort();
+    return UPCALL_HOLD;
 }
 
 /* Whether the next point is one where the host is about this. */
@@ -184,6 +206,7 @@ static void held_start(void *arg)
 {
     struct upcall_request *req = arg;
     uint32_t op = req->op;
+    wait_until_held();
     phase_here = OF_ANSWER;
     reach(HELD, op);
     work(req, op == UPCALL_WRITE, 3, HELD_HALF, HELD_CHANGED);
@@ -195,6 +218,7 @@ static void held_done(void *arg)
 {
     struct upcall_request *req = arg;
     uint32_t op = req->op;
+    wait_until_held();
     phase_here = OF_DONE_ANSWER;
     reach(DONE_HELD, op);
     work(req, op == UPCALL_READ && req->status == 0, 171, NOWHERE + 100, NOWHERE + 100);
@@ -224,9 +248,7 @@ static uint32_t doomed_start(void *self, struct upcall_request *req)
     }
     if ((next >= HELD && next <= ANSWERED) || next_is_of(next, OF_HELD) ||
         next_is_of(next, OF_ANSWER)) {
-        if (up->run_blocking(d->inst, held_start, req))
-            abort();
-        return UPCALL_HOLD;
+        return hold(d->inst, held_start, req);
     }
     if ((next >= ISSUE_BEFORE && next <= ISSUE_DONE) || next_is_of(next, OF_ISSUE) ||
         next_is_of(next, OF_ISSUED)) {
@@ -254,9 +276,7 @@ static uint32_t doomed_done(void *self, struct upcall_request *req)
     reach(DONE, req->op);
     uint32_t next = next_point(req->op);
     if (next == DONE_HELD || next == DONE_ANSWERED || next_is_of(next, OF_DONE_ANSWER)) {
-        if (up->run_blocking(d->inst, held_done, req))
-            abort();
-        return UPCALL_HOLD;
+        return hold(d->inst, held_done, req);
     }
     work(req, req->op == UPCALL_READ && req->status == 0, 171, DONE_HALF, DONE_CHANGED);
     return UPCALL_PASS;
