@@ -29,7 +29,7 @@ pub fn run(effort: &Effort) -> Result<Section, String> {
         "profile",
         &[
             "Instructions: self is what a function executes itself, without what it calls, and all with it; for a request with 32 in flight, counted by callgrind in two runs of different length, whose difference has no start in it. The filter is placed inline: the code of its filter host is in it, rings and waiting are not. LoadQueue is the benchmark's.",
-            "Time: what perf's samples of the processor clock say, for a request, queue thread and filter hosts bound to a core each. In a virtual machine a sample comes late: what is just behind expensive instructions pays for them, and the kernel's part counts where it lets interrupts in again.",
+            "Time: what perf's samples of the processor clock say, for a request. Up-calls alone: queue thread and filter hosts bound to a core each. Whole disks: client, worker and filter host share the cores. In a virtual machine a sample comes late: what is just behind expensive instructions pays for them, and the kernel's part counts where it lets interrupts in again.",
         ],
     );
     for (name, measure) in [("callgrind", callgrind::run as Measure), ("perf", perf::run)] {

@@ -10,27 +10,56 @@ use upcall_tests::Scratch;
 use upcall_worker::Placement;
 
 use super::{SHOWN, plan, rig, short};
-use crate::measure::{Effort, Section, Unit};
-use crate::{process, upcall};
+use crate::filters::{Filters, Kind, programs};
+use crate::measure::{CLIENT, Effort, Round, Section, Unit};
+use crate::path::client::{Client, Load, Wait};
+use crate::path::servers::{self, CAPACITY, Disk};
+use crate::{path, process, upcall};
 
+/// What the name of a filter host's program has in it, which is a file without a path.
+const HOST_PROGRAM: &str = "upcall-filterhost";
 /// Samples a second of each thread that runs; no divisor of the timer's ticks.
 const RATE: u64 = 4999;
+/// How long the last requests may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Until perf has found all threads.
 const ATTACH: Duration = Duration::from_millis(300);
 
-/// What is profiled: filters, and requests in flight.
-const CASES: [(usize, usize); 3] = [(1, 32), (1, 1), (8, 1)];
+/// Up-calls alone that are profiled: filters, and requests in flight.
+const UPCALLS: [(usize, usize); 3] = [(1, 32), (1, 1), (8, 1)];
+/// Whole null disks with a client that polls: filters, requests in flight, reads of 100.
+const DISKS: [(usize, usize, u8); 4] = [(0, 32, 100), (0, 32, 0), (1, 32, 100), (1, 1, 100)];
 
 /// Who is who, by the names of threads.
-const WHO: [(&str, &str); 2] = [("q0-bench", "queue thread"), ("upcall-channel", "filter hosts")];
+const WHO: [(&str, &str); 3] =
+    [("q0-bench", "queue thread"), ("upcall-channel", "filter hosts"), ("upcall-bench", CLIENT)];
 
 /// Takes samples in all cases.
 pub fn run(section: &mut Section, effort: &Effort) -> Result<(), String> {
     let slice = Duration::from_millis(if effort.quick { 500 } else { 2000 });
-    for (filters, depth) in CASES {
-        let (samples, requests) = sample(filters, depth, slice)?;
+    for (filters, depth) in UPCALLS {
+        let rig = rig(filters, Placement::Isolated)?;
+        let (own, round) = (std::process::id(), || rig.round(plan(depth, slice)));
+        let hosts = process::children(own);
+        let (samples, requests) = sample(&[&[own][..], &hosts].concat(), round)?;
         let case = format!("time, {}, {depth} in flight", upcall::chain_of(filters));
         show(section, &case, &samples, requests);
+    }
+    for (filters, depth, reads) in DISKS {
+        let scratch = Scratch::new();
+        let built = Filters::new(programs().join("bench-filters"))?;
+        let chain: Result<Vec<_>, String> =
+            (0..filters).map(|number| built.build(Kind::PLAIN, number)).collect();
+        let serving = servers::upcall(&scratch, "bench", Disk::Null, 1, &chain?)?;
+        let mut client =
+            Client::connect(&serving.socket, 1, CAPACITY).map_err(|e| e.to_string())?;
+        let load = Load { depth, length: 4096, reads, wait: Wait::Poll, slice, queues: 1 };
+        let pids = serving.watched.iter().map(|(_, pid)| *pid).chain([std::process::id()]);
+        let round = || client.run(load, slice + PATIENCE);
+        let (samples, requests) = sample(&pids.collect::<Vec<u32>>(), round)?;
+        let word = if reads > 0 { path::READ } else { path::WRITE };
+        let case = path::case(Disk::Null, word, depth);
+        show(section, &format!("time, {case}, {}", path::ours(filters)), &samples, requests);
     }
     Ok(())
 }
@@ -72,15 +101,17 @@ fn show(section: &mut Section, case: &str, samples: &[Sample], requests: u64) {
     }
 }
 
-fn sample(filters: usize, depth: usize, slice: Duration) -> Result<(Vec<Sample>, u64), String> {
+/// Samples of these processes during a round, and how many requests it had. Filter hosts are
+/// among the processes, or there are none.
+fn sample(
+    pids: &[u32],
+    round: impl FnOnce() -> Result<Round, String>,
+) -> Result<(Vec<Sample>, u64), String> {
     let scratch = Scratch::new();
-    let own = std::process::id();
-    let rig = rig(filters, Placement::Isolated)?;
-    let hosts = process::children(own);
-    let symbols = Symbols::of(&scratch, *hosts.first().ok_or("no filter host")?)?;
+    let symbols = Symbols::of(&scratch, pids)?;
     let data = scratch.join("perf.data");
-    let perf = Recording::start(&data, &[&[own][..], &hosts].concat())?;
-    let requests = rig.round(plan(depth, slice))?.requests;
+    let perf = Recording::start(&data, pids)?;
+    let requests = round()?.requests;
     perf.end()?;
     let mut command = Command::new("perf");
     command.args(["report", "--stdio", "--no-children", "-n", "-t", ";", "-i"]).arg(&data);
@@ -130,7 +161,7 @@ fn line(text: &str, symbols: &Symbols) -> Option<Sample> {
     let in_kernel = symbol.starts_with("[k]");
     let symbol = symbol.get(4..)?.trim();
     // A filter host's program is a file without a name: perf cannot look into it.
-    let of_host = object.contains("upcall-filterhost").then(|| symbols.find(symbol)).flatten();
+    let of_host = object.contains(HOST_PROGRAM).then(|| symbols.find(symbol)).flatten();
     let function = of_host.map_or_else(|| short(symbol), str::to_owned);
     Some(Sample { count, thread: thread.to_owned(), function, in_kernel })
 }
@@ -139,7 +170,13 @@ fn line(text: &str, symbols: &Symbols) -> Option<Sample> {
 struct Symbols(Vec<(u64, String)>);
 
 impl Symbols {
-    fn of(scratch: &Scratch, host: u32) -> Result<Symbols, String> {
+    /// Of the first process that is a filter host; none, if none is.
+    fn of(scratch: &Scratch, pids: &[u32]) -> Result<Symbols, String> {
+        let program_of = |pid: &u32| std::fs::read_link(format!("/proc/{pid}/exe"));
+        let is_host = |pid: &&u32| {
+            program_of(pid).is_ok_and(|path| path.to_string_lossy().contains(HOST_PROGRAM))
+        };
+        let Some(host) = pids.iter().find(is_host) else { return Ok(Symbols(Vec::new())) };
         let program = scratch.join("filter-host");
         std::fs::copy(format!("/proc/{host}/exe"), &program)
             .map_err(|error| format!("a filter host's program: {error}"))?;
