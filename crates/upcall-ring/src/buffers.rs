@@ -55,9 +55,9 @@ impl Buffers {
         let Some(segment) = mapping.segment(offset, length, writable) else {
             return false;
         };
-        let keep: Keep = mapping.clone();
-        if !self.keep.iter().any(|known| Arc::ptr_eq(known, &keep)) {
-            self.keep.push(keep);
+        let is_it = |known: &Keep| std::ptr::addr_eq(Arc::as_ptr(known), Arc::as_ptr(mapping));
+        if !self.keep.iter().any(is_it) {
+            self.keep.push(mapping.clone());
         }
         self.segments.push(segment);
         self.length += length;

@@ -332,20 +332,20 @@ impl VirtQueue {
         while out.len() < room
             && let Some(slot) = self.again.pop_front()
         {
-            out.extend(self.begin(slot, true)?);
+            self.begin(slot, true, out)?;
         }
         let mut available = self.ring.available()?;
         while available > 0 && out.len() < room {
             available -= 1;
             let Some(slot) = self.ring.take()? else { break };
-            out.extend(self.begin(slot, false)?);
+            self.begin(slot, false, out)?;
         }
         Ok(())
     }
 
-    /// Reads a chain that was taken, now or by a worker before us. `None`: it was answered
+    /// Reads a chain that was taken, now or by a worker before us, into `out`, or answers it
     /// at once.
-    fn begin(&mut self, slot: u16, retry: bool) -> Result<Option<Request>, Broken> {
+    fn begin(&mut self, slot: u16, retry: bool, out: &mut Vec<Request>) -> Result<(), Broken> {
         self.chain.read(&self.ring, &self.memory, slot, self.indirect)?;
         let parser = Parser {
             config: &self.shared.config,
@@ -362,7 +362,6 @@ impl VirtQueue {
         match body {
             Body::Answer { status: code, written } => {
                 self.put(slot, &status, code, written);
-                Ok(None)
             }
             Body::Request { op, range, flags, data } => {
                 let data_written = if op == Op::Read { range.length() } else { 0 };
@@ -370,9 +369,10 @@ impl VirtQueue {
                 self.in_flight[usize::from(slot)] = Some(flight);
                 self.in_flight_count += 1;
                 let flags = RequestFlags { retry, ..flags };
-                Ok(Some(Request { tag: Tag(slot.into()), op, range, flags, data }))
+                out.push(Request { tag: Tag(slot.into()), op, range, flags, data });
             }
         }
+        Ok(())
     }
 
     /// Notes where the chain that was just read has room for `data` bytes and its status.

@@ -54,6 +54,7 @@ pub struct Parser<'a> {
 
 impl Parser<'_> {
     /// Says what `chain` asks for.
+    #[inline]
     pub fn parse(&self, chain: &Chain) -> Result<Parsed, NoStatus> {
         let status = self.status_place(chain.writable()).ok_or(NoStatus)?;
         let body = self.body(chain).unwrap_or(Body::IOERR);
@@ -67,6 +68,7 @@ impl Parser<'_> {
     }
 
     /// `None`: no header, or memory that does not exist.
+    #[inline]
     fn body(&self, chain: &Chain) -> Option<Body> {
         let readable = chain.readable();
         let out_length = total(readable).checked_sub(HEADER_SIZE as u64)?;
@@ -104,10 +106,12 @@ impl Parser<'_> {
     }
 
     /// The range of `length` bytes at `sector`.
+    #[inline]
     fn range(&self, sector: u64, length: u64) -> Option<Range> {
         self.config.range(sector.checked_mul(SECTOR_SIZE)?, length).ok()
     }
 
+    #[inline]
     fn read_or_write(
         &self,
         op: Op,

@@ -65,7 +65,7 @@ impl Engine {
         };
         visit.held_cookie = Some(cookie);
         let slot = visit.slot;
-        if self.fails_trial(link, delivery.request, Verdict::Hold) {
+        if self.fails_trial(link, delivery.request, slot, Verdict::Hold) {
             return None;
         }
         self.judge(link, delivery.request, slot, Verdict::Hold)
@@ -79,41 +79,43 @@ impl Engine {
         verdict: Verdict,
         cookie: u64,
     ) -> Option<(u32, Action)> {
-        if self.visit_of(link, delivery, instance).is_none() {
+        let Some(visit) = self.visit_of(link, delivery, instance) else {
             if self.abandoned.get(&delivery.token()).is_some_and(|late| late.link == link) {
                 self.abandoned.remove(&delivery.token());
             } else {
                 self.violation(link, "it answered a request that it does not have");
             }
             return None;
-        }
+        };
+        let slot = visit.slot;
         // A hold has an entry of its own kind, and a context.
         let verdict = if verdict == Verdict::Hold { Verdict::Nonsense } else { verdict };
         let number = delivery.request;
-        if self.fails_trial(link, number, verdict) {
+        if self.fails_trial(link, number, slot, verdict) {
             return None;
         }
         let failed = matches!(verdict, Verdict::Fail(_) | Verdict::Nonsense);
-        let visit = self.leave(number, failed)?;
-        let flight = self.flights.get_mut(number)?;
+        self.leave(number, failed)?;
         if verdict == Verdict::Watch {
-            flight.cookies[visit.slot.index()] = cookie;
-            flight.void.remove(visit.slot);
+            let flight = self.flights.get_mut(number)?;
+            flight.cookies[slot.index()] = cookie;
+            flight.void.remove(slot);
         }
-        self.judge(link, number, visit.slot, verdict)
+        self.judge(link, number, slot, verdict)
     }
 
     /// Whether a filter on trial says what would show the guest an error. Then its host is given
     /// up, and the request waits for who takes its place. What it says counts as little while it is
     /// to be killed, and what it said before its death, of which this thread may hear late.
-    fn fails_trial(&mut self, link: usize, number: u32, verdict: Verdict) -> bool {
+    fn fails_trial(&mut self, link: usize, number: u32, slot: SlotIndex, verdict: Verdict) -> bool {
+        if !self.slot(slot).is_on_trial {
+            return false;
+        }
         let Some(flight) = self.flights.get(number) else { return false };
-        let Some(visit) = flight.visit else { return false };
         let chain = &self.parts.lanes[flight.lane].chain;
-        let fails = self.slot(visit.slot).is_on_trial
-            && !flight.flight.is_cancelled()
+        let fails = !flight.flight.is_cancelled()
             && (matches!(verdict, Verdict::Fail(_))
-                || flight.flight.violation_of(chain, visit.slot, verdict).is_some());
+                || flight.flight.violation_of(chain, slot, verdict).is_some());
         let is_first = self.parts.links[link].is_up();
         if fails && is_first {
             self.give_up(link, "it failed a request while it was on trial", false);

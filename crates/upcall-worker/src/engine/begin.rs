@@ -70,7 +70,10 @@ impl Engine {
         let is_part = matches!(begin.origin, Origin::Part(_));
         let needs_arena =
             begin.range.length() > 0 && (is_part || chain.needs_arena(begin.op, entry));
-        let slots = chain.len();
+        let cookies = match chain.len() {
+            0 => SmallVec::new(),
+            slots => SmallVec::from_elem(0, slots),
+        };
         let number = self.flights.insert(InFlight {
             flight,
             lane: begin.lane,
@@ -80,7 +83,7 @@ impl Engine {
             origin: begin.origin,
             data: begin.data,
             slice: None,
-            cookies: SmallVec::from_elem(0, slots),
+            cookies,
             void: SlotSet::EMPTY,
             visit: None,
             image: Image::None,

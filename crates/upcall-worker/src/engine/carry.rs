@@ -50,25 +50,26 @@ impl Engine {
         let place = &self.parts.slots[slot.index()];
         let (link, instance) = (place.link, place.instance);
         // One that was there before keeps its place among the others.
-        let mut visit = flight.visit.take().unwrap_or_else(|| {
+        let visit = flight.visit.get_or_insert_with(|| {
             place.stats.enter();
             self.order += 1;
             Visit::new(slot, up.is_some(), delivery, self.order, now_ns)
         });
         visit.delivery = delivery;
         if !self.parts.links[link].is_up() || place.detached {
-            flight.visit = Some(visit);
             return self.go_without(number);
         }
         let again = visit.seen;
         (visit.with, visit.seen, visit.is_marking) = (true, true, false);
         visit.due_ns = now_ns.saturating_add(place.deadline_ns);
         self.due_at_ns = self.due_at_ns.min(visit.due_ns);
-        flight.visit = Some(visit);
         if again {
             place.stats.retry();
         }
-        let data = self.prepare_data(number, slot, up.is_some(), again);
+        let data = match flight.slice {
+            Some(_) => self.prepare_data(number, slot, up.is_some(), again),
+            None => NO_DATA,
+        };
         let flight = self.flights.get(number)?;
         let is_retry = match up {
             None => again || flight.flags.retry,
@@ -103,10 +104,8 @@ impl Engine {
     /// Where the page is that a filter gets, if it gets one. It is as the filter's first
     /// instance got it: an image is kept of what may be changed, and put back `again`.
     fn prepare_data(&mut self, number: u32, slot: SlotIndex, up: bool, again: bool) -> u64 {
-        let Some(origin) = self.flights.get(number).map(|flight| flight.origin) else {
-            return NO_DATA;
-        };
-        let arena = self.arena_of(origin);
+        let Some(flight) = self.flights.get(number) else { return NO_DATA };
+        let arena = self.arena_of(flight.origin);
         let Some(flight) = self.flights.get_mut(number) else { return NO_DATA };
         let chain = &self.parts.lanes[flight.lane].chain;
         let access = match up {
@@ -161,16 +160,15 @@ impl Engine {
     }
 
     fn store(&mut self, number: u32) {
-        let Some(origin) = self.flights.get(number).map(|flight| flight.origin) else { return };
-        let arena = self.arena_of(origin);
-        let stored_ns = self.seen_ns;
+        let Some(flight) = self.flights.get(number) else { return };
+        let page = flight.slice.as_ref().map(|slice| {
+            let arena = &self.parts.arenas[self.arena_of(flight.origin)];
+            arena.buffers(slice, flight.range.length())
+        });
         let Some(flight) = self.flights.get_mut(number) else { return };
-        let data = match &flight.slice {
-            Some(slice) => self.parts.arenas[arena].buffers(slice, flight.range.length()),
-            // Nobody else looks at it: straight between its issuer and the store.
-            None => std::mem::take(&mut flight.data),
-        };
-        flight.stored_ns = stored_ns;
+        // Nobody else looks at it: straight between its issuer and the store.
+        let data = page.unwrap_or_else(|| std::mem::take(&mut flight.data));
+        flight.stored_ns = self.seen_ns;
         self.parts.store_stats.enter();
         self.parts.lanes[flight.lane].store.submit(StoreIo {
             token: StoreToken(u64::from(number)),
@@ -199,24 +197,25 @@ impl Engine {
         // It is dropped where it is: moving it costs as much as all that is done here.
         let (origin, op, range, arrived_ns) =
             (flight.origin, flight.op, flight.range, flight.arrived_ns);
-        self.images.drop(std::mem::take(&mut flight.image));
+        debug_assert!(matches!(flight.image, Image::None), "an image goes with its visit");
+        let Some(slice) = flight.slice.take() else {
+            self.flights.discard(number);
+            self.end(origin, op, range, arrived_ns, status);
+            return;
+        };
         let arena = self.arena_of(origin);
-        let Some(flight) = self.flights.get_mut(number) else { return };
-        let slice = flight.slice.take();
-        let made_room = slice.is_some();
-        if let Some(slice) = slice {
-            let memory = &mut self.parts.arenas[arena];
-            let is_filled = status.is_ok() || is_planted("failed-read-copied");
-            if op == Op::Read && is_filled {
-                memory.buffers(&slice, range.length()).copy_to(&flight.data);
-            }
-            memory.free(slice);
+        let memory = &mut self.parts.arenas[arena];
+        let is_filled = status.is_ok() || is_planted("failed-read-copied");
+        if op == Op::Read
+            && is_filled
+            && let Some(flight) = self.flights.get(number)
+        {
+            memory.buffers(&slice, range.length()).copy_to(&flight.data);
         }
+        memory.free(slice);
         self.flights.discard(number);
         self.end(origin, op, range, arrived_ns, status);
-        if made_room {
-            self.retry_waiting(arena);
-        }
+        self.retry_waiting(arena);
     }
 
     /// Tells who waits for a request how it ended.
