@@ -20,6 +20,10 @@ pub const ONE: &str = "1 filter";
 /// What follows [`ONE`] in the side whose filter asks for none of the requests there are.
 pub const ELSEWHERE: &str = ", asks for discard only";
 
+/// What follows [`chain_of`] in sides whose filters are instances of one file: one filter host
+/// serves them all.
+pub const TOGETHER: &str = " of one file";
+
 /// The cases that goals refer to.
 pub const ALONE: &str = "write 4k, 1 in flight";
 /// See [`ALONE`].
@@ -118,6 +122,11 @@ fn sides(effort: &Effort) -> Result<Vec<Side>, String> {
             loads.extend([LOAD_ASLEEP, READ_ALONE, READ_MANY]);
         }
         sides.push(Side { name: chain_of(count), chain: chain.collect(), loads });
+    }
+    for count in [2, 8] {
+        let chain = (0..count).map(|_| Ok(Link::to(filters.build(Kind::PLAIN, 0)?)));
+        let (name, chain) = (format!("{}{TOGETHER}", chain_of(count)), chain.collect());
+        sides.push(Side { name, chain, loads: both.to_vec() });
     }
     let mut one = |name: &str, link: Result<Link, String>, loads: &[Load]| {
         let chain = link.map(|link| vec![link]);
