@@ -47,8 +47,14 @@ const GOALS: &[Goal] = &[
         what: "up-calls, 32 in flight",
         goal: "≥ 10 M/s on two cores",
         reached: |report| {
-            let rate = metric(report, "upcall", upcall::MANY, upcall::ONE, "rate")?.spread().median;
-            Some((amount(rate, Unit::PerSecond), rate >= 10e6))
+            let rate = |case| metric(report, "upcall", case, upcall::ONE, "rate");
+            let writes = rate(upcall::MANY)?.spread().median;
+            let mut said = amount(writes, Unit::PerSecond);
+            if let Some(bare) = rate(upcall::BARE) {
+                let bare = amount(bare.spread().median, Unit::PerSecond);
+                said = format!("writes {said}; flushes, which have no memory, {bare}");
+            }
+            Some((said, writes >= 10e6))
         },
     },
     Goal {

@@ -29,6 +29,8 @@ pub const ALONE: &str = "write 4k, 1 in flight";
 /// See [`ALONE`].
 pub const MANY: &str = "write 4k, 32 in flight";
 /// See [`ALONE`].
+pub const BARE: &str = "flush, 32 in flight";
+/// See [`ALONE`].
 pub const ASLEEP: &str = "write 4k, one each millisecond";
 
 /// The side of a chain of `count` filters that see no data.
@@ -59,6 +61,8 @@ struct Load {
 const LOAD_ALONE: Load = Load { name: ALONE, op: Op::Write, depth: 1, arrivals: Arrivals::Always };
 const LOAD_MANY: Load = Load { name: MANY, depth: 32, ..LOAD_ALONE };
 const LOAD_ASLEEP: Load = Load { name: ASLEEP, arrivals: Arrivals::Rung, ..LOAD_ALONE };
+/// Of no range and no memory.
+const FLUSH_MANY: Load = Load { name: BARE, op: Op::Flush, ..LOAD_MANY };
 const READ_ALONE: Load = Load { name: "read 4k, 1 in flight", op: Op::Read, ..LOAD_ALONE };
 const READ_MANY: Load = Load { name: "read 4k, 32 in flight", op: Op::Read, ..LOAD_MANY };
 
@@ -119,7 +123,7 @@ fn sides(effort: &Effort) -> Result<Vec<Side>, String> {
         let chain = (0..count).map(|number| Ok(Link::to(filters.build(Kind::PLAIN, number)?)));
         let mut loads = both.to_vec();
         if count <= 1 {
-            loads.extend([LOAD_ASLEEP, READ_ALONE, READ_MANY]);
+            loads.extend([LOAD_ASLEEP, READ_ALONE, READ_MANY, FLUSH_MANY]);
         }
         sides.push(Side { name: chain_of(count), chain: chain.collect(), loads });
     }

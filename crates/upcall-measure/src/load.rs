@@ -228,14 +228,11 @@ impl RequestQueue for LoadQueue {
             let timed = running.plan.depth == 1 || running.taken.is_multiple_of(TIMED_ONE_IN);
             running.since_ns[place as usize] = if timed { since_ns } else { 0 };
             running.taken += 1;
-            let data = if running.plan.op.has_data() { data.clone() } else { Buffers::new() };
-            out.push(Request {
-                tag: Tag(place),
-                op: running.plan.op,
-                range: *range,
-                flags: RequestFlags::default(),
-                data,
-            });
+            let op = running.plan.op;
+            let data = if op.has_data() { data.clone() } else { Buffers::new() };
+            let range = if op == Op::Flush { Range::EMPTY } else { *range };
+            let (tag, flags) = (Tag(place), RequestFlags::default());
+            out.push(Request { tag, op, range, flags, data });
         }
         Ok(())
     }
