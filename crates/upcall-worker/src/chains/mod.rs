@@ -1,15 +1,18 @@
 //! The chains of the disks of a running worker: shown, and changed under load.
 //!
 //! [`request`] says what may be asked; [`plan`] checks it against what there is; [`course`]
-//! carries it out, step by step as `upcall_chain::Change` says.
+//! carries it out, step by step as `upcall_chain::Change` says; [`change`] is all of it, with the
+//! [`trial`] of new filters.
 //!
 //! Always true: one change at a time; whoever only looks waits for no change; of one slot no
 //! two instances are ever open at once.
 
+mod change;
 mod course;
 mod plan;
 pub(crate) mod request;
 mod slots;
+mod trial;
 
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -159,7 +162,7 @@ impl Chains {
         let Some(core) = core.as_mut().filter(|core| !core.has_ended) else {
             return Err(ChangeError::Ending);
         };
-        course::change(core, change, &|core| self.show(core))
+        change::change(core, change, &|core| self.show(core))
     }
 
     fn show(&self, core: &Core) {
