@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use common::*;
 use upcall_block::Op;
@@ -64,12 +63,10 @@ impl Load {
     /// Waits until so many more requests are done.
     fn wait_for(&self, requests: u64) {
         let until = self.done.load(Ordering::SeqCst) + requests;
-        let end = std::time::Instant::now() + PATIENCE;
-        while self.done.load(Ordering::SeqCst) < until {
-            assert!(std::time::Instant::now() < end, "the load does not go on");
+        wait_until("the load goes on", || {
             assert!(!self.thread.is_finished(), "the load has failed");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+            self.done.load(Ordering::SeqCst) >= until
+        });
     }
 
     fn end(self) -> (u64, Driver) {
@@ -414,17 +411,16 @@ fn of_a_slot_whose_filter_is_dead_no_two_instances_are_ever_open() {
     // It is started again 10, 20, 40 and 80 ms after its deaths.
     let opened =
         |log: &Log| log.0.lock().unwrap().iter().filter(|l| l.contains("event open ")).count();
-    let until = std::time::Instant::now() + PATIENCE;
-    while opened(&log) < 4 {
-        assert!(std::time::Instant::now() < until, "it is not started again");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("it is started again", || opened(&log) >= 4);
     let change = ChainChange::of("a", vec![set_params("changer", "bad", "slow-open")]);
     // One that is just being started is waited for, by whoever asked.
-    while let Err(error) = worker.chains().change(&change) {
-        assert!(error.to_string().contains("just being started"), "{error}");
-        assert!(std::time::Instant::now() < until, "{error}");
-    }
+    wait_until("it is replaced", || match worker.chains().change(&change) {
+        Ok(_) => true,
+        Err(error) => {
+            assert!(error.to_string().contains("just being started"), "{error}");
+            false
+        }
+    });
     assert_eq!(disk.wait(), (tag, Ok(())));
     let lines = log.0.lock().unwrap().clone();
     let opening = lines.iter().position(|line| line.contains("event opening 1")).unwrap();
@@ -449,15 +445,9 @@ fn a_chain_is_written_down_before_it_takes_effect_and_not_changed_if_it_cannot_b
         notes.lock().unwrap().push(names);
         Ok(())
     });
-    let worker = Worker::start(WorkerConfig {
-        disks: vec![memory_disk("a", BYTES as u64, vec![slot(&filters.watcher[0])])],
-        stats: None,
-        drain_ms: 300,
-        recovery: RecoveryPolicy::default(),
-        write_down: Some(write_down),
-        log: Log::default().sink(),
-    })
-    .unwrap();
+    let disks = vec![memory_disk("a", BYTES as u64, vec![slot(&filters.watcher[0])])];
+    let config = WorkerConfig { write_down: Some(write_down), ..config(disks, &Log::default()) };
+    let worker = Worker::start(config).unwrap();
     let load = Load::start(Driver::new(&worker, 0, 0));
     let change = |edits| worker.chains().change(&ChainChange::of("a", edits));
     change(vec![attach(slot(&filters.watcher[1]))]).unwrap();
@@ -490,15 +480,9 @@ fn a_filter_that_fails_while_its_chain_is_written_down_is_taken_back() {
         }
         Ok(())
     });
-    let worker = Worker::start(WorkerConfig {
-        disks: vec![memory_disk("a", BYTES as u64, vec![])],
-        stats: None,
-        drain_ms: 300,
-        recovery: RecoveryPolicy::default(),
-        write_down: Some(write_down),
-        log: Log::default().sink(),
-    })
-    .unwrap();
+    let disks = vec![memory_disk("a", BYTES as u64, vec![])];
+    let config = WorkerConfig { write_down: Some(write_down), ..config(disks, &Log::default()) };
+    let worker = Worker::start(config).unwrap();
     let mut disk = Driver::new(&worker, 0, 0);
     let mut change = ChainChange::of("a", vec![attach(bad(&filters.watcher[0], "fail"))]);
     change.trial.ms = 1;
@@ -506,11 +490,8 @@ fn a_filter_that_fails_while_its_chain_is_written_down_is_taken_back() {
         let changing = scope.spawn(|| worker.chains().change(&change));
         is_writing.recv_timeout(PATIENCE).unwrap();
         let tag = disk.submit(Op::Write, 0, 4096, 0);
-        let until = std::time::Instant::now() + PATIENCE;
-        while !worker.chains().hops().iter().any(|hop| hop.health.failures > 0) {
-            assert!(std::time::Instant::now() < until, "it does not fail");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let has_failed = || worker.chains().hops().iter().any(|hop| hop.health.failures > 0);
+        wait_until("it fails", has_failed);
         go_on.send(()).unwrap();
         assert_eq!(disk.wait(), (tag, Ok(())), "the guest sees nothing of it");
         changing.join().unwrap().unwrap_err()

@@ -518,11 +518,7 @@ fn a_filter_that_fails_again_and_again_is_quarantined_with_one_alarm_and_comes_b
     log.wait_for("is quarantined");
     assert_eq!(disk.wait_at_most(Duration::from_millis(300)), None, "no error, only latency");
     let page = upcall_stats::PageReader::open(&stats).unwrap();
-    let end = Instant::now() + PATIENCE;
-    while page.snapshot()[1].health.failures < 6 {
-        assert!(Instant::now() < end, "it is not tried again");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait_until("it is tried again", || page.snapshot()[1].health.failures >= 6);
     let alarms =
         log.0.lock().unwrap().iter().filter(|line| line.contains("is quarantined")).count();
     assert_eq!(alarms, 1);

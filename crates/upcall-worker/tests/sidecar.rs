@@ -44,11 +44,7 @@ impl Page {
     }
 
     fn wait(&self, at: u64, least: u32, what: &str) {
-        let end = Instant::now() + PATIENCE;
-        while self.word(at) < least {
-            assert!(Instant::now() < end, "{what}: never");
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        wait_until(what, || self.word(at) >= least);
     }
 }
 

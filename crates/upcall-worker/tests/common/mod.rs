@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -72,14 +73,27 @@ pub fn start(disks: Vec<DiskConfig>, log: &Log) -> Worker {
 }
 
 pub fn try_start(disks: Vec<DiskConfig>, log: &Log) -> Result<Worker, StartError> {
-    Worker::start(WorkerConfig {
+    Worker::start(config(disks, log))
+}
+
+pub fn config(disks: Vec<DiskConfig>, log: &Log) -> WorkerConfig {
+    WorkerConfig {
         disks,
         stats: None,
         drain_ms: 300,
         recovery: RecoveryPolicy::default(),
         write_down: None,
         log: log.sink(),
-    })
+    }
+}
+
+/// Waits until something is so; `what` is said if it never is.
+pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = std::time::Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(std::time::Instant::now() < end, "it was never so: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// One queue of a disk, driven from the test.
@@ -174,8 +188,11 @@ impl Driver {
 pub struct Folder(pub PathBuf);
 
 impl Folder {
+    /// No other has it, also if two tests choose one name.
     pub fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("upcall-{name}-{}", std::process::id()));
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (own, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(format!("upcall-{name}-{own}-{number}"));
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).unwrap();
         Folder(path)
