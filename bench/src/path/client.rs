@@ -59,8 +59,8 @@ const SET_INFLIGHT_FD: u32 = 32;
 /// How a client waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// It looks again and again, and lets others run when looks find nothing: a guest that
-    /// polls, on a host with few cores.
+    /// It looks again and again, and yields: now and then while it has its core for itself, and
+    /// between all looks while others want it. A guest that polls, on a host with few cores.
     Poll,
     /// It sleeps at once until it is called: a guest with interrupts.
     Sleep,
@@ -91,6 +91,10 @@ pub struct Gap {
     /// The completion that ended it.
     pub to: Instant,
 }
+
+/// A yield that takes as long let somebody else run; the next looks have one each.
+const SLOW_YIELD: Duration = Duration::from_micros(1);
+const PATIENCE: u32 = 16;
 
 /// Gaps that are shorter are not kept.
 pub const GAP_LEAST: Duration = Duration::from_micros(20);
@@ -137,6 +141,8 @@ struct Queue {
     random: u64,
     /// Empty polls in a row.
     looks: u32,
+    /// While not 0, others want the core: so many more looks with a yield each.
+    crowded: u32,
     /// Of the last round.
     gaps: Vec<Gap>,
 }
@@ -160,6 +166,7 @@ impl Client {
             capacity,
             random: 0x9e37_79b9_7f4a_7c15 + number as u64,
             looks: 0,
+            crowded: 0,
             gaps: Vec::new(),
         };
         let queues = link.places.iter().enumerate().map(queue).collect();
@@ -471,8 +478,13 @@ impl Queue {
     fn wait(&mut self, wait: Wait) {
         self.looks = self.looks.wrapping_add(1);
         match wait {
-            Wait::Poll if self.looks < 64 => std::hint::spin_loop(),
-            Wait::Poll => rustix::thread::sched_yield(),
+            Wait::Poll if self.crowded > 0 || self.looks.is_multiple_of(64) => {
+                let before = Instant::now();
+                rustix::thread::sched_yield();
+                let others_ran = before.elapsed() >= SLOW_YIELD;
+                self.crowded = if others_ran { PATIENCE } else { self.crowded.saturating_sub(1) };
+            }
+            Wait::Poll => std::hint::spin_loop(),
             Wait::Sleep => self.sleep(),
         }
     }

@@ -93,7 +93,7 @@ pub fn run(effort: &Effort) -> Result<Section, String> {
     let mut section = Section::new(
         "path",
         &[
-            "One client process drives each server in turn; nothing is bound to a core: client, server and filter hosts share those there are. Where it polls, the client looks 64 times and then yields between looks; where it sleeps, it waits for the device's call at once. Each queue has a thread in the client, and data is one piece.",
+            "One client process drives each server in turn; nothing is bound to a core: client, server and filter hosts share those there are. Where it polls, the client yields now and then, and between all looks while others run meanwhile; where it sleeps, it waits for the device's call at once. Each queue has a thread in the client, and data is one piece.",
             "upcall: as it comes, 2 queues with a thread each; filters see no data and pass everything, each in a process of its own. qemu-storage-daemon: one iothread for the disk, aio=io_uring; null is null-co with read-zeroes=on, so that both fill what is read. qcow2: an image that is allocated throughout; ours is read by a confined qemu-storage-daemon behind the worker, whose processor time counts.",
         ],
     );
