@@ -4,12 +4,16 @@
 //! | module | its one idea |
 //! |---|---|
 //! | `plan` | what a seed makes: disks, chains, load, faults |
-//! | `simulation` | the scheduler: who has a turn, when faults begin, how a world ends |
+//! | `simulation` | the scheduler: who has a turn, and when |
+//! | `simulation::faults` | what goes wrong, and who starts again what died |
+//! | `simulation::end` | no more faults; everything finishes, and is looked at |
 //! | `simulation::migration` | the guest moves to another host, whose memory is compared |
 //! | `guest` | drivers that fill rings, and look at what comes back |
 //! | `changes` | chains that change meanwhile, as production's machines say |
 //! | `spy` | what a ring hands out, noted |
-//! | `filters` | filter hosts, played, with the points at which they die |
+//! | `filters` | filter hosts, played |
+//! | `filters::role` | the kinds of filters, and the points at which they die |
+//! | `filters::turn` | what a filter host does in a turn, and what it checks |
 //! | `gaps` | what bypassed filters miss: the record, and the truth that it is held against |
 //! | `medium` | where data ends up, with its fault model |
 //! | `stamp` | sectors that say whose they are |
