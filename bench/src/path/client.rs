@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::time::Timespec;
+use upcall_ring::WaitLimits;
 use upcall_tests::{Connection, SharedMemory, feature, kind, request};
 
 use crate::measure::{CLIENT, Round};
@@ -92,9 +93,8 @@ pub struct Gap {
     pub to: Instant,
 }
 
-/// A yield that takes as long let somebody else run; the next looks have one each.
-const SLOW_YIELD: Duration = Duration::from_micros(1);
-const PATIENCE: u32 = 16;
+/// What a slow yield is, and for how many more looks it counts: as for the threads of a worker.
+const LIMITS: WaitLimits = WaitLimits::SMALL_HOST;
 
 /// Gaps that are shorter are not kept.
 pub const GAP_LEAST: Duration = Duration::from_micros(20);
@@ -481,8 +481,9 @@ impl Queue {
             Wait::Poll if self.crowded > 0 || self.looks.is_multiple_of(64) => {
                 let before = Instant::now();
                 rustix::thread::sched_yield();
-                let others_ran = before.elapsed() >= SLOW_YIELD;
-                self.crowded = if others_ran { PATIENCE } else { self.crowded.saturating_sub(1) };
+                let others_ran = before.elapsed().as_nanos() >= LIMITS.slow_yield_ns.into();
+                self.crowded =
+                    if others_ran { LIMITS.patience } else { self.crowded.saturating_sub(1) };
             }
             Wait::Poll => std::hint::spin_loop(),
             Wait::Sleep => self.sleep(),

@@ -20,7 +20,7 @@ use crate::{path, process, upcall};
 const HOST_PROGRAM: &str = "upcall-filterhost";
 /// Samples a second of each thread that runs; no divisor of the timer's ticks.
 const RATE: u64 = 4999;
-/// How long the last requests may take.
+/// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Until perf has found all threads.
 const ATTACH: Duration = Duration::from_millis(300);
@@ -55,7 +55,7 @@ pub fn run(section: &mut Section, effort: &Effort) -> Result<(), String> {
             Client::connect(&serving.socket, 1, CAPACITY).map_err(|e| e.to_string())?;
         let load = Load { depth, length: 4096, reads, wait: Wait::Poll, slice, queues: 1 };
         let pids = serving.watched.iter().map(|(_, pid)| *pid).chain([std::process::id()]);
-        let round = || client.run(load, slice + PATIENCE);
+        let round = || client.run(load, PATIENCE);
         let (samples, requests) = sample(&pids.collect::<Vec<u32>>(), round)?;
         let word = if reads > 0 { path::READ } else { path::WRITE };
         let case = path::case(Disk::Null, word, depth);
