@@ -125,6 +125,8 @@ pub struct Campaign {
 /// What a campaign came to.
 #[derive(Debug)]
 pub struct Report {
+    /// The first seed.
+    pub first: u64,
     pub seeds: u64,
     pub coverage: Coverage,
     pub seconds: f64,
@@ -142,8 +144,13 @@ const WRONG_MAX: usize = 5;
 impl Campaign {
     pub fn run(self) -> Report {
         let start = Instant::now();
-        let mut report =
-            Report { seeds: 0, coverage: Coverage::default(), seconds: 0.0, wrong: Vec::new() };
+        let mut report = Report {
+            first: self.first,
+            seeds: 0,
+            coverage: Coverage::default(),
+            seconds: 0.0,
+            wrong: Vec::new(),
+        };
         for seed in self.first..self.first + self.seeds {
             report.run_seed(seed);
             if report.wrong.len() >= WRONG_MAX {
@@ -215,8 +222,9 @@ impl Report {
         let faults: Vec<String> =
             counts.map(|(what, count)| format!("\"{what}\":{count}")).collect();
         format!(
-            "ledger: {{\"kind\":\"sim\",\"seeds\":{},\"requests\":{},\"faults\":{{{}}},\
+            "ledger: {{\"kind\":\"sim\",\"from\":{},\"seeds\":{},\"requests\":{},\"faults\":{{{}}},\
              \"seconds\":{:.1},\"commit\":\"{}\",\"result\":\"{}\"}}",
+            self.first,
             self.seeds,
             self.coverage.get("requests completed"),
             faults.join(","),
@@ -231,7 +239,7 @@ impl Report {
 const LEAST: [(&str, u64); 63] = [
     ("fault: filter death", 500),
     ("filter death: ", 300),
-    ("filter death: changer HalfChanged", 10),
+    ("filter death: changer HalfChanged", 5),
     ("filter death: changer DoneHalfChanged", 5),
     ("filter death: holder Held", 10),
     ("filter death: splitter Issued", 10),

@@ -172,6 +172,16 @@ impl Simulation {
                 self.disks[at].left.push(slot);
                 continue;
             }
+            // Two of one class, of which neither changes anything, change places.
+            let mut alike = wanted
+                .iter_mut()
+                .filter(|slot| matches!(role_of(slot.id), Some(Role::Watcher | Role::Observer)));
+            if let (Some(first), Some(second)) = (alike.next(), alike.next())
+                && random.one_in(2)
+            {
+                first.order = second.order + 1;
+                continue;
+            }
             let place = random.below(wanted.len());
             let Some(role) = role_of(wanted[place].id) else { continue };
             match random.below(4) {
