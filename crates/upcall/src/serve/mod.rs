@@ -10,6 +10,7 @@ mod file;
 mod handover;
 mod log;
 mod offer;
+mod pages;
 mod plan;
 mod sockets;
 mod spec;
@@ -163,6 +164,7 @@ fn serve(
         // Who does not read what is offered is served all the same.
         None => drop(print(&offer)),
     }
+    pages::give_back();
     while upcall_worker::wait(shutdown.as_fd(), hangup.as_fd()) == Wake::News {
         if hangup.take() {
             worker.look_again();
