@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use upcall_tests::{
-    Ended, Part, RawClient, RawOptions, Scratch, Server, c_filter, kind, root, status, upcall,
+    Ended, Kind, Part, RawClient, RawOptions, Scratch, Server, c_filter, kind, root, status, upcall,
 };
 
 const BYTES: u64 = 8 << 20;
@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Shared {
     scratch: Scratch,
     image: PathBuf,
+    /// What to say of it after `--disk`, with a comma before it.
+    words: String,
     watcher: PathBuf,
 }
 
@@ -30,9 +32,22 @@ struct Host {
 }
 
 impl Shared {
+    /// A raw image.
     fn new() -> Shared {
         let scratch = Scratch::new();
         let image = scratch.image("disk.img", BYTES);
+        let words = format!(",file={}", image.display());
+        Shared::of(scratch, image, words)
+    }
+
+    fn of_kind(kind: Kind) -> Shared {
+        let scratch = Scratch::new();
+        let image = kind.create(&scratch, "disk.img", BYTES);
+        let words = kind.words(&image);
+        Shared::of(scratch, image, words)
+    }
+
+    fn of(scratch: Scratch, image: PathBuf, words: String) -> Shared {
         let watcher = scratch.join("watcher.so");
         let mut compiler = Command::new("cc");
         compiler.args(["-std=c11", "-O1", "-shared", "-fPIC", "-I"]);
@@ -40,7 +55,7 @@ impl Shared {
         compiler.arg(root().join("crates/upcall-worker/tests/data/changing.c"));
         compiler.arg("-o").arg(&watcher);
         assert!(compiler.status().unwrap().success(), "{compiler:?}");
-        Shared { scratch, image, watcher }
+        Shared { scratch, image, words, watcher }
     }
 
     /// A worker behind a filter that saves its state and, if `changes`, one that changes data.
@@ -51,11 +66,8 @@ impl Shared {
     fn serve_with(&self, changes: bool, more: &[&str]) -> Host {
         let scratch = Scratch::new();
         let socket = scratch.join("d.sock");
-        let disk = format!(
-            "name=root,file={},socket={},queues=1,direct=off",
-            self.image.display(),
-            socket.display()
-        );
+        let disk =
+            format!("name=root{},socket={},queues=1,direct=off", self.words, socket.display());
         let watcher = format!("disk=root,file={}", self.watcher.display());
         let xor = format!("disk=root,file={}", c_filter("xor", 64).display());
         let mut args = vec!["--movable", "--disk", &disk, "--filter", &watcher];
@@ -120,7 +132,20 @@ fn start_again(mut client: RawClient) -> JoinHandle<RawClient> {
 
 #[test]
 fn a_guest_moves_to_another_worker_and_back_with_what_filters_saved() {
-    let shared = Shared::new();
+    move_there_and_back(&Shared::new());
+}
+
+#[test]
+fn a_guest_on_an_image_of_any_kind_moves_there_and_back() {
+    for kind in Kind::WRITABLE {
+        println!("{kind:?}");
+        let shared = Shared::of_kind(kind);
+        move_there_and_back(&shared);
+        kind.expect_sound(&shared.image);
+    }
+}
+
+fn move_there_and_back(shared: &Shared) {
     let (here, there) = (shared.serve(true), shared.serve(true));
     assert!(there.server.stdout().contains("another process uses it: waiting"));
     let mut source = here.connect().join().unwrap();
@@ -157,7 +182,17 @@ fn a_guest_moves_to_another_worker_and_back_with_what_filters_saved() {
 
 #[test]
 fn a_migration_that_fails_at_its_end_goes_on_where_it_began() {
-    let shared = Shared::new();
+    fail_at_the_end(&Shared::new());
+}
+
+#[test]
+fn so_does_one_of_a_guest_on_an_image() {
+    let shared = Shared::of_kind(Kind::QCOW2);
+    fail_at_the_end(&shared);
+    Kind::QCOW2.expect_sound(&shared.image);
+}
+
+fn fail_at_the_end(shared: &Shared) {
     let here = shared.serve(true);
     let mut source = here.connect().join().unwrap();
     write(&mut source, 7, 7);
@@ -206,7 +241,48 @@ fn a_worker_with_another_chain_does_not_take_the_disk_up() {
 
 #[test]
 fn a_worker_that_dies_while_its_guest_is_there_has_the_disk_again_when_it_is_back() {
-    let shared = Shared::new();
+    die_and_come_back(&Shared::new());
+}
+
+#[test]
+fn so_has_one_whose_disk_is_an_image() {
+    let shared = Shared::of_kind(Kind::QCOW2);
+    die_and_come_back(&shared);
+    Kind::QCOW2.expect_sound(&shared.image);
+}
+
+/// What was completed is there behind the move, whenever the one that alone had it dies.
+#[test]
+fn the_program_that_reads_an_image_may_die_while_its_guest_leaves() {
+    let shared = Shared::of_kind(Kind::QCOW2);
+    let (here, there) = (shared.serve(true), shared.serve(true));
+    let mut source = here.connect().join().unwrap();
+    for round in 0..5 {
+        (0..32).for_each(|sector| write(&mut source, sector, round));
+        let daemons = here.server.children().into_iter().filter(|child| {
+            let name = std::fs::read_to_string(format!("/proc/{child}/comm"));
+            // The kernel keeps 15 bytes of a name.
+            name.is_ok_and(|name| name.starts_with("qemu-storage-da"))
+        });
+        let daemons: Vec<i32> = daemons.collect();
+        assert_eq!(daemons.len(), 1, "one for its image, and none of those before");
+        let target = there.connect();
+        let daemon = rustix::process::Pid::from_raw(daemons[0]).unwrap();
+        rustix::process::kill_process(daemon, rustix::process::Signal::KILL).unwrap();
+        leave(&mut source);
+        let mut target = target.join().unwrap();
+        (0..32).for_each(|sector| assert_eq!(read(&mut target, sector), vec![round; 512]));
+        let again = start_again(source);
+        leave(&mut target);
+        source = again.join().unwrap();
+    }
+    drop(source);
+    here.server.stop();
+    there.server.stop();
+    Kind::QCOW2.expect_sound(&shared.image);
+}
+
+fn die_and_come_back(shared: &Shared) {
     let here = shared.serve_with(true, &["--restart", "--restart-pause-ms", "100"]);
     let there = shared.serve(true);
     let mut guest = RawClient::connect_tracked(&here.socket, RawOptions::default()).unwrap();
@@ -246,7 +322,7 @@ fn what_cannot_move_is_refused() {
     let disk = format!("name=m,memory=1M,socket={}", scratch.join("m.sock").display());
     let ended = upcall_tests::upcall(&["serve", "--movable", "--disk", &disk]);
     assert_eq!(ended.code, Some(1), "{ended:?}");
-    assert!(ended.stderr.contains("only raw images and devices"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("only images and devices"), "{}", ended.stderr);
 }
 
 /// A worker with a control socket at `control`.

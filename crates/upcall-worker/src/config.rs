@@ -124,6 +124,18 @@ pub enum StoreConfig {
     },
 }
 
+impl StoreConfig {
+    /// Whether it can be given up to another worker, on another host, that has the same image:
+    /// only where a lock says who has it.
+    pub(crate) fn can_move(&self) -> bool {
+        match self {
+            StoreConfig::Raw { .. } => true,
+            StoreConfig::Image(options) => options.file().is_some(),
+            _ => false,
+        }
+    }
+}
+
 /// A vhost-user-blk device.
 pub struct FrontendConfig {
     /// Where QEMU connects.

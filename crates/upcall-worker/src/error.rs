@@ -16,8 +16,8 @@ use upcall_vhost::{ConfigError, ListenError};
 pub enum StartError {
     /// A disk that cannot move: serve it without --movable.
     #[error(
-        "disk {disk}: only raw images and devices that are served over vhost-user alone can \
-         move to another host"
+        "disk {disk}: only images and devices that are served over vhost-user alone can move to \
+         another host: what is in memory, or with an NBD server, cannot"
     )]
     NotMovable {
         /// Which.

@@ -20,9 +20,7 @@ use upcall_vhost::{BlkConfig, Listener};
 
 use crate::chains::request::ChainView;
 use crate::chains::{Chains, WriteDown};
-use crate::config::{
-    FrontendConfig, LogLevel, LogSink, SlotConfig, StoreConfig, StoreFailures, WorkerConfig,
-};
+use crate::config::{FrontendConfig, LogLevel, LogSink, SlotConfig, StoreFailures, WorkerConfig};
 use crate::error::StartError;
 use crate::frontend::{Frontend, Left, Supply};
 use crate::hosts::EngineHandle;
@@ -47,7 +45,7 @@ pub struct MovableWorker {
 }
 
 impl MovableWorker {
-    /// Serves `config`, each disk of which is a raw image or device with a frontend and nothing
+    /// Serves `config`, each disk of which is an image or device with a frontend and nothing
     /// else. `again` gives the same without the frontends. If other processes use images, waits
     /// for a guest before it waits for them; all else that is wrong is an error at once.
     pub fn start(
@@ -57,9 +55,8 @@ impl MovableWorker {
     ) -> Result<MovableWorker, StartError> {
         let mut listeners = Vec::new();
         for disk in &mut config.disks {
-            let is_raw = matches!(disk.store, StoreConfig::Raw { .. });
             match disk.frontend.take() {
-                Some(mut frontend) if is_raw && disk.nbd.is_none() => {
+                Some(mut frontend) if disk.store.can_move() && disk.nbd.is_none() => {
                     listeners.push((bind(&disk.name, &mut frontend)?, frontend, disk.queues));
                 }
                 _ => return Err(StartError::NotMovable { disk: disk.name.clone() }),

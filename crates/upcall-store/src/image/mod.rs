@@ -47,8 +47,9 @@ use crate::image::confine::Program;
 use crate::image::daemon::Starter;
 use crate::image::extents::Oracle;
 use crate::image::keeper::{DATA_BYTES, Keeper, Link};
-use crate::image::plan::Plan;
+use crate::image::plan::{Plan, Purpose};
 use crate::image::ring::ClientRing;
+use crate::image::vhost::Device;
 #[cfg(feature = "fuzzing")]
 pub use crate::image::vmdk::{content_id as vmdk_content_id, rewrite as rewrite_descriptor};
 use crate::raw::{Inbox, OnFailure, sleep_on};
@@ -183,6 +184,83 @@ impl ImageOptions {
     }
 }
 
+impl ImageOptions {
+    /// What a daemon's device is as a disk that is opened so.
+    fn info(&self, device: &Device) -> DiskInfo {
+        let mut ops = OpSet::NONE.with(Op::Read).with(Op::Flush);
+        if !self.read_only {
+            ops = ops.with(Op::Write);
+            if device.write_zeroes_max > 0 {
+                ops = ops.with(Op::WriteZeroes);
+                ops = if self.format.can_unmap() { ops.with(Op::Discard) } else { ops };
+            }
+        }
+        DiskInfo {
+            capacity: device.capacity,
+            block_size: 512,
+            physical_block_size: 4096,
+            read_only: self.read_only,
+            ops,
+            // The usual size of a cluster; what is smaller is zeroed.
+            discard_granularity: 64 << 10,
+        }
+    }
+
+    /// For people.
+    fn describe(&self, info: &DiskInfo) -> String {
+        let mut text = format!(
+            "{} image {} of {} bytes, {}, {}, by qemu-storage-daemon",
+            self.format,
+            self.source,
+            info.capacity,
+            if info.read_only { "read-only" } else { "read-write" },
+            if self.direct { "direct" } else { "buffered" },
+        );
+        for layer in &self.backing {
+            text.push_str(&format!(", over {} image {}", layer.format, layer.path.display()));
+        }
+        text
+    }
+}
+
+/// An image's files, and a daemon that understands them.
+struct Opened {
+    link: Link,
+    device: Device,
+    ring: ClientRing,
+    starter: Starter,
+    oracle: Arc<Oracle>,
+    plan: Arc<Plan>,
+}
+
+impl Opened {
+    fn new(options: &ImageOptions, purpose: Purpose) -> Result<Opened, OpenError> {
+        options.check()?;
+        let (name, format) = (options.name(), options.format.name());
+        let refused = |reason| OpenError::Image { name: name.clone(), format, reason };
+        let program = Program::find(&options.program).map_err(refused)?;
+        let program = program.ok_or_else(|| OpenError::NotInstalled {
+            name: name.clone(),
+            format,
+            program: options.program.display().to_string(),
+        })?;
+        let plan = Arc::new(Plan::open(options, purpose)?);
+        let oracle = Arc::new(Oracle::default());
+        let starter = Starter::new(program, plan.clone(), oracle.clone()).map_err(refused)?;
+        let ring = ClientRing::new(DATA_BYTES).map_err(|source| OpenError::System {
+            name: name.clone(),
+            action: "get memory for it",
+            source,
+        })?;
+        let (link, device) = Link::start(&starter, &ring, options.patience)
+            .map_err(|what| refused(format!("qemu-storage-daemon does not serve it: {what}")))?;
+        if device.is_read_only != (options.read_only || purpose == Purpose::Look) {
+            return Err(refused("qemu-storage-daemon serves it in another mode than asked".into()));
+        }
+        Ok(Opened { plan, oracle, starter, ring, link, device })
+    }
+}
+
 impl fmt::Debug for ImageOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ImageOptions")
@@ -251,44 +329,13 @@ struct Running {
 impl ImageStore {
     /// Opens an image: its files, then a daemon, which must understand it.
     pub fn open(options: ImageOptions) -> Result<ImageStore, OpenError> {
-        options.check()?;
-        let (name, format) = (options.name(), options.format.name());
-        let refused = |reason| OpenError::Image { name: name.clone(), format, reason };
+        let Opened { plan, oracle, starter, ring, link, device } =
+            Opened::new(&options, Purpose::Serve)?;
+        let info = options.info(&device);
+        let name = options.name();
         let system = |action| {
             let name = name.clone();
             move |source| OpenError::System { name, action, source }
-        };
-        let program = Program::find(&options.program).map_err(refused)?;
-        let program = program.ok_or_else(|| OpenError::NotInstalled {
-            name: name.clone(),
-            format,
-            program: options.program.display().to_string(),
-        })?;
-        let plan = Arc::new(Plan::open(&options)?);
-        let oracle = Arc::new(Oracle::default());
-        let starter = Starter::new(program, plan.clone(), oracle.clone()).map_err(refused)?;
-        let ring = ClientRing::new(DATA_BYTES).map_err(system("get memory for it"))?;
-        let (link, device) = Link::start(&starter, &ring, options.patience)
-            .map_err(|what| refused(format!("qemu-storage-daemon does not serve it: {what}")))?;
-        if device.is_read_only != options.read_only {
-            return Err(refused("qemu-storage-daemon serves it in another mode than asked".into()));
-        }
-        let mut ops = OpSet::NONE.with(Op::Read).with(Op::Flush);
-        if !device.is_read_only {
-            ops = ops.with(Op::Write);
-            if device.write_zeroes_max > 0 {
-                ops = ops.with(Op::WriteZeroes);
-                ops = if options.format.can_unmap() { ops.with(Op::Discard) } else { ops };
-            }
-        }
-        let info = DiskInfo {
-            capacity: device.capacity,
-            block_size: 512,
-            physical_block_size: 4096,
-            read_only: device.is_read_only,
-            ops,
-            // The usual size of a cluster; what is smaller is zeroed.
-            discard_granularity: 64 << 10,
         };
         let shared = Arc::new(Shared {
             failure: options.failed.clone().map_or_else(OnceLock::new, OnceLock::from),
@@ -313,6 +360,15 @@ impl ImageStore {
             .map_err(system("start a thread for it"))?;
         let running = Arc::new(Running { port, thread: Some(thread) });
         Ok(ImageStore { info, shared, running, oracle, options })
+    }
+
+    /// What an image would be if it were opened, and how it would describe itself. It is only
+    /// read, and not locked: somebody else may have it, and write to it.
+    pub fn look(options: &ImageOptions) -> Result<(DiskInfo, String), OpenError> {
+        let opened = Opened::new(options, Purpose::Look)?;
+        let info = options.info(&opened.device);
+        let text = options.describe(&info);
+        Ok((info, text))
     }
 
     /// Since when the store refuses what writes, or everything: what happened. None while all
@@ -364,17 +420,7 @@ impl Store for ImageStore {
 
     /// Format, path, size, mode, and what is wrong with it if something is.
     fn describe(&self) -> String {
-        let mut text = format!(
-            "{} image {} of {} bytes, {}, {}, by qemu-storage-daemon",
-            self.options.format,
-            self.shared.name,
-            self.info.capacity,
-            if self.info.read_only { "read-only" } else { "read-write" },
-            if self.options.direct { "direct" } else { "buffered" },
-        );
-        for layer in &self.options.backing {
-            text.push_str(&format!(", over {} image {}", layer.format, layer.path.display()));
-        }
+        let mut text = self.options.describe(&self.info);
         if let Some(failure) = self.failure() {
             text.push_str(&format!("; FAILED: {failure}"));
         }

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, ResolveFlags};
 use serde_json::{Value, json};
@@ -36,6 +36,15 @@ struct Text {
     given: OwnedFd,
 }
 
+/// What files are opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To be served: they are locked.
+    Serve,
+    /// To be looked at, for reading, while others may have them and write to them.
+    Look,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -47,6 +56,7 @@ pub(crate) struct Plan {
     /// Who has the disk, if it is in no file.
     server: Option<NbdServer>,
     read_only: bool,
+    purpose: Purpose,
 }
 
 /// Sockets that a daemon inherits, each its own.
@@ -82,14 +92,16 @@ const SECRET_BYTES_MAX: u64 = 64 << 10;
 pub(crate) const TOP: &str = "disk";
 
 impl Plan {
-    pub fn open(options: &ImageOptions) -> Result<Plan, OpenError> {
+    pub fn open(options: &ImageOptions, purpose: Purpose) -> Result<Plan, OpenError> {
+        let read_only = options.read_only || purpose == Purpose::Look;
         let mut plan = Plan {
             files: vec![],
             texts: vec![],
             secret: None,
             nodes: vec![],
             server: None,
-            read_only: options.read_only,
+            read_only,
+            purpose,
         };
         let path = match &options.source {
             ImageSource::File(path) => path,
@@ -106,9 +118,9 @@ impl Plan {
             below = Value::String(name);
         }
         let top = Layer { format: options.format, path: path.clone() };
-        let mut node = plan.image(options, &top, TOP, options.read_only, &below)?;
+        let mut node = plan.image(options, &top, TOP, read_only, &below)?;
         if let Some(path) = &options.data_file {
-            node["data-file"] = plan.file(path, "data", options.read_only, options.direct)?.into();
+            node["data-file"] = plan.file(path, "data", read_only, options.direct)?.into();
         }
         if let Some(secret) = &options.secret {
             plan.secret = Some(
@@ -147,6 +159,10 @@ impl Plan {
         if layer.format.can_have_backing() {
             node["backing"] = below.clone();
         }
+        if self.purpose == Purpose::Look {
+            // Or it would lock a VMDK's extents.
+            node["force-share"] = true.into();
+        }
         Ok(node)
     }
 
@@ -159,7 +175,7 @@ impl Plan {
         direct: bool,
     ) -> Result<String, OpenError> {
         let (file, kind) = raw::open_file(path, read_only, true)?;
-        take_lock(&file, path, read_only, Locks::All)?;
+        self.lock(&file, path, read_only, Locks::All)?;
         let is_device = kind == FileType::BlockDevice;
         let driver = if is_device { "host_device" } else { "file" };
         self.nodes.push(node_of_file(driver, node_name, file.as_raw_fd(), read_only, direct));
@@ -186,7 +202,7 @@ impl Plan {
             drop(file);
             return self.file(path, node_name, read_only, options.direct);
         }
-        take_lock(&file, path, read_only, Locks::All)?;
+        self.lock(&file, path, read_only, Locks::All)?;
         let refused =
             |reason| OpenError::Image { name: path.display().to_string(), format: "vmdk", reason };
         let descriptor = Descriptor::parse(&start).map_err(refused)?;
@@ -199,7 +215,8 @@ impl Plan {
             .map_err(|error| system(folder, "open the folder of extents", error.into()))?;
         let mut names = Vec::new();
         for extent in descriptor.extents() {
-            let file = open_extent(&folder_fd, folder, extent, read_only)?;
+            let (file, path) = open_extent(&folder_fd, folder, extent, read_only)?;
+            self.lock(&file, &path, read_only, Locks::BesideQemu)?;
             names.push(by_descriptor(file.as_raw_fd()));
             self.files.push(Allowed { file, is_writable: !read_only, is_device: false });
         }
@@ -209,6 +226,29 @@ impl Plan {
         self.nodes.push(node_of_file("file", node_name, given.as_raw_fd(), read_only, false));
         self.texts.push(Text { original: file, given });
         Ok(node_name.to_owned())
+    }
+
+    fn lock(
+        &self,
+        file: &File,
+        path: &Path,
+        read_only: bool,
+        which: Locks,
+    ) -> Result<(), OpenError> {
+        let taken = match (self.purpose, which) {
+            (Purpose::Look, _) => return Ok(()),
+            (Purpose::Serve, Locks::All) => lock::take(file, read_only),
+            (Purpose::Serve, Locks::BesideQemu) => lock::take_beside_qemu(file, read_only),
+        };
+        match taken {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(OpenError::Busy {
+                name: path.display().to_string(),
+                holder: lock::holder(file),
+                read_only,
+            }),
+            Err(source) => Err(system(path, "lock it", source)),
+        }
     }
 
     /// Files that may be opened.
@@ -314,29 +354,13 @@ enum Locks {
     BesideQemu,
 }
 
-fn take_lock(file: &File, path: &Path, read_only: bool, which: Locks) -> Result<(), OpenError> {
-    let taken = match which {
-        Locks::All => lock::take(file, read_only),
-        Locks::BesideQemu => lock::take_beside_qemu(file, read_only),
-    };
-    match taken {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(OpenError::Busy {
-            name: path.display().to_string(),
-            holder: lock::holder(file),
-            read_only,
-        }),
-        Err(source) => Err(system(path, "lock it", source)),
-    }
-}
-
 /// Opens a file of this plain name in a folder, and nothing else.
 fn open_extent(
     folder_fd: &OwnedFd,
     folder: &Path,
     name: &str,
     read_only: bool,
-) -> Result<File, OpenError> {
+) -> Result<(File, PathBuf), OpenError> {
     let path = folder.join(name);
     let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -349,8 +373,7 @@ fn open_extent(
     if kind != FileType::RegularFile {
         return Err(OpenError::Extent { name: path.display().to_string() });
     }
-    take_lock(&file, &path, read_only, Locks::BesideQemu)?;
-    Ok(file)
+    Ok((file, path))
 }
 
 fn node_of_file(driver: &str, name: &str, fd: RawFd, read_only: bool, direct: bool) -> Value {

@@ -100,7 +100,7 @@ fn what_goes_past_the_page_cache_is_handed_to_the_kernel_in_batches_where_that_c
     let image = folder.qcow2(&[]);
     let native_nodes = |direct, aio| {
         let options = ImageOptions { direct, ..options(&image) };
-        let plan = plan::Plan::open(&options).unwrap();
+        let plan = plan::Plan::open(&options, plan::Purpose::Serve).unwrap();
         let fd = || memfd("socket", 4096).unwrap();
         let sockets = plan::Sockets { requests: fd(), questions: fd(), server: None };
         let arguments = plan.arguments(&sockets, aio);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use upcall_block::{DiskInfo, OpSet, Store};
+use upcall_block::{DiskInfo, OpSet};
 use upcall_chain::{
     Chain, ChainError, Class, Generation, OnFailure, SlotSpec, default_deadline_ms,
 };
@@ -18,7 +18,7 @@ use crate::recipe::Recipe;
 /// Starts the filter hosts that a disk's filters need and puts its chain together.
 pub(super) fn plan_chain(
     config: &DiskConfig,
-    store: &dyn Store,
+    store: &DiskInfo,
     disks: &[(String, u16, bool)],
     hosts: &mut Vec<Starting>,
     next_instance: &mut u32,
@@ -87,9 +87,8 @@ pub(super) fn plan_chain(
             config: slot.clone(),
         }));
     }
-    let read_only =
-        DiskInfo { read_only: store.info().read_only || config.read_only, ..store.info().clone() };
-    let chain = Chain::new(Generation(1), specs, &read_only).map_err(|source| {
+    let below = DiskInfo { read_only: store.read_only || config.read_only, ..store.clone() };
+    let chain = Chain::new(Generation(1), specs, &below).map_err(|source| {
         let filter = match &source {
             ChainError::Spec { source_index, .. } => slots[*source_index]
                 .as_ref()

@@ -18,7 +18,7 @@ use upcall_filterhost::HostProcess;
 use upcall_filterhost::params::Checked;
 use upcall_gap::Gaps;
 use upcall_stats::{HopKind, HopSpec, Page};
-use upcall_store::{ImageStore, MemoryStore, NullStore, RawOptions, RawStore};
+use upcall_store::{ImageOptions, ImageStore, MemoryStore, NullStore, RawOptions, RawStore};
 use upcall_vhost::{BlkConfig, BlkOptions, Listener};
 
 use crate::chains::{Chains, Core};
@@ -120,8 +120,15 @@ pub(crate) fn start(config: WorkerConfig, failures: &StoreFailures) -> Result<Wo
             drop(store);
             store = open_store(&config, &log, &failures)?;
         }
-        let (chain, slots) =
-            plan_chain(&config, &*store, &names, &mut hosts, &mut next_instance, &mut state, &log)?;
+        let (chain, slots) = plan_chain(
+            &config,
+            store.info(),
+            &names,
+            &mut hosts,
+            &mut next_instance,
+            &mut state,
+            &log,
+        )?;
         let names_of = |slots: &[StartingSlot]| -> Vec<String> {
             slots.iter().map(|slot| slot.state_name.clone()).collect()
         };
@@ -223,14 +230,22 @@ pub(crate) fn look_at(config: &WorkerConfig) -> Result<Vec<Looked>, StartError> 
         .collect();
     let mut next_instance = 0;
     let look = |disk: &DiskConfig| {
-        let StoreConfig::Raw { path, direct, engine } = &disk.store else {
-            return Err(StartError::NotMovable { disk: disk.name.clone() });
+        let failed = |source| StartError::Store { disk: disk.name.clone(), source };
+        let (store, text) = match &disk.store {
+            StoreConfig::Raw { path, direct, engine } => {
+                let mut options = RawOptions::new(path);
+                options.read_only = disk.read_only;
+                (options.direct, options.engine) = (*direct, *engine);
+                options.lock = false;
+                let store = RawStore::open(options).map_err(failed)?;
+                (store.info().clone(), store.describe())
+            }
+            StoreConfig::Image(options) if disk.store.can_move() => {
+                let options = ImageOptions { read_only: disk.read_only, ..(**options).clone() };
+                ImageStore::look(&options).map_err(failed)?
+            }
+            _ => return Err(StartError::NotMovable { disk: disk.name.clone() }),
         };
-        let mut options = RawOptions::new(path);
-        (options.read_only, options.direct, options.engine) = (disk.read_only, *direct, *engine);
-        options.lock = false;
-        let store = RawStore::open(options)
-            .map_err(|source| StartError::Store { disk: disk.name.clone(), source })?;
         let mut hosts = Vec::new();
         let mut state = StateFolder::trial();
         let (chain, slots) = plan_chain(
@@ -244,7 +259,7 @@ pub(crate) fn look_at(config: &WorkerConfig) -> Result<Vec<Looked>, StartError> 
         )?;
         let name = |slot: &StartingSlot| hosts[slot.host].recipe.description.name.clone();
         let filters = slots.iter().map(name).collect();
-        Ok(Looked { info: chain.info().clone(), store: store.describe(), filters })
+        Ok(Looked { info: chain.info().clone(), store: text, filters })
     };
     config.disks.iter().map(look).collect()
 }
