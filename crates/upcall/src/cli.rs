@@ -272,8 +272,8 @@ pub struct ServeArgs {
     /// are given up when it has moved away, or nobody is connected any more, and taken up when a
     /// guest starts. If another process uses them now, this one waits until then. Filters are told,
     /// and what they save goes with the guest, in the folder for their state (state=). Both hosts
-    /// are given the same disks and filters; for raw images and devices that both can reach.
-    /// Chains can be changed where the guest is, and not while it is being migrated; the other host
+    /// are given the same disks and filters; for images, raw or of another format, and devices
+    /// that both can reach. Chains can be changed where the guest is, and not while it is being migrated; the other host
     /// has to be given the new filters, too.
     #[arg(long)]
     pub movable: bool,

@@ -19,32 +19,20 @@ vm=$scratch/vm
 "$rig/guest-ctl" start "$vm" --with fs --with fio --disk "$scratch/a.sock,num-queues=2"
 trap '"$rig/guest-ctl" kill "$vm" || true; finish' EXIT
 
-cat >"$scratch/load.sh" <<'GUEST'
-set -e
-rm -f /tmp/stop
-mkfs.ext4 -q -F /dev/vda
-mkdir -p /mnt/disk
-mount /dev/vda /mnt/disk
+start_load "$vm" <<'GUEST'
+new_ext4 /dev/vda /mnt/disk
+options=(--directory=/mnt/disk --rw=randwrite --bs=4k-64k --size=24M --ioengine=psync --numjobs=2)
 round=0
 until [ -e /tmp/stop ]; do
     round=$((round + 1))
-    fio --name=chain --directory=/mnt/disk --rw=randwrite --bs=4k-64k --size=24M --ioengine=psync \
-        --numjobs=2 --verify=crc32c --do_verify=1 --verify_fatal=1 --end_fsync=1 >/tmp/fio.log 2>&1 || {
-        cat /tmp/fio.log
-        exit 1
-    }
+    verified_fio "${options[@]}" --do_verify=1 --end_fsync=1
 done
 echo 3 >/proc/sys/vm/drop_caches
-fio --name=chain --directory=/mnt/disk --rw=randwrite --bs=4k-64k --size=24M --ioengine=psync \
-    --numjobs=2 --verify=crc32c --verify_only --verify_fatal=1 >/tmp/fio.log 2>&1 || { cat /tmp/fio.log; exit 1; }
-umount /mnt/disk
-e2fsck -f -n /dev/vda >/tmp/fsck 2>&1 || { cat /tmp/fsck; exit 1; }
-dmesg | grep -iE "i/o error|ext4-fs error|blocked for more" && exit 1
+verified_fio "${options[@]}" --verify_only
+end_ext4 /dev/vda /mnt/disk
+no_errors
 echo "$round rounds of fio verified"
 GUEST
-"$rig/guest-ctl" put "$vm" "$scratch/load.sh" /tmp/load.sh
-"$rig/guest-ctl" exec "$vm" -c '(bash /tmp/load.sh >/tmp/load.log 2>&1; echo $? >/tmp/load.status) \
-    </dev/null >/dev/null 2>&1 &'
 sleep 3
 
 chain() { "$bin/upcall" chain "$@" --control "$control" >>"$scratch/changes.log"; }
@@ -57,10 +45,7 @@ for ((i = 1; i <= rounds; i++)); do
     chain detach a rust
     chain detach a c
 done
-"$rig/guest-ctl" exec "$vm" --timeout 200 -c 'touch /tmp/stop
-    for ((i = 0; i < 1800; i++)); do [ -s /tmp/load.status ] && break; sleep 0.1; done
-    cat /tmp/load.log; dmesg | tail -n 5; [ "$(cat /tmp/load.status)" = 0 ]' ||
-    die "the guest's load failed"
+end_load "$vm"
 
 generation=$("$bin/upcall" show --json --control "$control" | python3 -c 'import json, sys; print(json.loads(sys.stdin.readline())["generation"])')
 [ "$generation" = $((1 + 6 * rounds)) ] || die "generation $generation after $((6 * rounds)) changes"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What docs/libvirt.md says, done: a guest of libvirt's with the disk and the hook from there is
 # refused while QEMU's user may not reach its socket, started when it may, and migrated live
-# between two hosts (two libvirtds, each with files of its own, and a worker each on one image),
-# there and back, while it verifies what it writes.
+# between two hosts (two libvirtds, each with files of its own, and a worker each on the same two
+# images, one raw and one qcow2), there and back, while it verifies what it writes.
 # shellcheck source=tests/guest/tests/lib.bash
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.bash"
 
@@ -55,6 +55,7 @@ trap end_all EXIT
 mkdir -p "$scratch/both/var/lib/upcall" "$scratch/both/usr/lib/upcall"
 cp "$bin/xor-64.so" "$scratch/both/usr/lib/upcall/"
 truncate -s 192M "$scratch/both/var/lib/upcall/vm1.img"
+qemu-img create -q -f qcow2 "$scratch/both/var/lib/upcall/vm1-data.qcow2" 192M
 
 host() { # NAME NUMBER
     local root=$scratch/$1 folder
@@ -131,10 +132,6 @@ for name in a b; do
     echo '{}' >"$scratch/vm-$name/guest.json"
     ln -s "$scratch/$name/run/upcall/agent.sock" "$scratch/vm-$name/agent.sock"
 done
-in_guest() { # HOST [OPTION...] SCRIPT
-    "$rig/guest-ctl" exec "$scratch/vm-$1" "${@:2}"
-}
-runs() { in_guest "$1" -c '[ -e /tmp/load.status ] || exit 0; cat /tmp/load.log; exit 1'; }
 
 virsh -q -c "${uri[a]}" define "$scratch/vm1.xml"
 # QEMU's user may not reach the socket: said at once, where QEMU would try for ever.
@@ -148,34 +145,30 @@ chmod 777 "$scratch/a/run/upcall"
 
 timeout 60 virsh -q -c "${uri[a]}" start vm1 || die "virsh start"
 "$rig/guest-ctl" wait "$scratch/vm-a" --timeout 120
-cat >"$scratch/load.sh" <<'GUEST'
-set -e
-mkfs.ext4 -q -F /dev/vda
-mkdir -p /mnt/disk
-mount /dev/vda /mnt/disk
+start_load "$scratch/vm-a" <<'GUEST'
+new_ext4 /dev/vda /mnt/raw
+new_ext4 /dev/vdb /mnt/qcow2
 round=0
 until [ -e /tmp/stop ]; do
     round=$((round + 1))
-    fio --name=load --filename=/mnt/disk/file --size=24M --io_size=24M --direct=1 \
-        --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=512-64k --bs_unaligned=0 \
-        --blockalign=512 --serialize_overlap=1 --fsync=64 --randseed="$round" \
-        --verify=crc32c --verify_fatal=1 --do_verify=1 --minimal >/tmp/fio.log 2>&1 ||
-        { cat /tmp/fio.log; exit 1; }
+    mixed_fio /mnt/raw/file "$round"
+    mixed_fio /mnt/qcow2/file "$round"
 done
-umount /mnt/disk
-e2fsck -f -n /dev/vda >/tmp/fsck 2>&1 || { cat /tmp/fsck; exit 1; }
-dmesg | grep -iE "i/o error|ext4-fs error|blocked for more" && exit 1
+end_ext4 /dev/vda /mnt/raw
+end_ext4 /dev/vdb /mnt/qcow2
+no_errors
 echo "$round rounds verified"
 GUEST
-"$rig/guest-ctl" put "$scratch/vm-a" "$scratch/load.sh" /tmp/load.sh
-in_guest a -c '(bash /tmp/load.sh >/tmp/load.log 2>&1; echo $? >/tmp/load.status) </dev/null >/dev/null 2>&1 &'
 sleep 3
 
 migrate() { # FROM TO
     timeout 120 virsh -q -c "${uri[$1]}" migrate --live --migrateuri tcp://127.0.0.1 vm1 "${uri[$2]}" ||
         die "the migration from $1 to $2"
-    runs "$2" || die "the guest's load has ended"
-    grep -q "given up" "$scratch/$1/var/log/upcall/vm1.log" || die "$1 did not give the disk up"
+    expect_load "$scratch/vm-$2"
+    for disk in root data; do
+        grep -q "disk $disk: given up" "$scratch/$1/var/log/upcall/vm1.log" ||
+            die "$1 did not give the disk $disk up"
+    done
     grep -q "writes to it are logged" "$scratch/$1/var/log/upcall/vm1.log" || die "nothing was logged"
     [ ! -e "$scratch/$1/run/upcall/vm1.pid" ] || die "the worker of $1 was not ended"
     [ -e "$scratch/$2/run/upcall/vm1.pid" ] || die "$2 has no worker"
@@ -184,11 +177,14 @@ migrate a b
 sleep 2
 migrate b a
 
-in_guest a --timeout 120 -c 'touch /tmp/stop
-    for ((i = 0; i < 1000; i++)); do [ -s /tmp/load.status ] && break; sleep 0.1; done
-    cat /tmp/load.log; [ "$(cat /tmp/load.status)" = 0 ]' || die "the guest's load failed"
+end_load "$scratch/vm-a"
 virsh -q -c "${uri[a]}" destroy vm1
 [ ! -e "$scratch/a/run/upcall/vm1.pid" ] || die "the worker was not ended"
-python3 "$top/filters/xor/unxor.py" "$scratch/both/var/lib/upcall/vm1.img" "$scratch/plain"
-e2fsck -f -n "$scratch/plain" || die "ext4, as an independent reader sees it"
+data=$scratch/both/var/lib/upcall/vm1-data.qcow2
+qemu-img check -q -f qcow2 "$data" || die "the qcow2 image is not sound"
+qemu-img convert -f qcow2 -O raw "$data" "$scratch/data.img"
+for image in "$scratch/both/var/lib/upcall/vm1.img" "$scratch/data.img"; do
+    python3 "$top/filters/xor/unxor.py" "$image" "$scratch/plain"
+    e2fsck -f -n "$scratch/plain" || die "ext4 on $image, as an independent reader sees it"
+done
 echo "ok"

@@ -27,40 +27,20 @@ end_all() {
 }
 trap end_all EXIT
 
-cat >"$scratch/load.sh" <<'GUEST'
-set -e
-mkfs.ext4 -q -F /dev/vda
-mkdir -p /mnt/disk
-mount /dev/vda /mnt/disk
+start_load "$here" <<'GUEST'
+new_ext4 /dev/vda /mnt/disk
 round=0
 until [ -e /tmp/stop ]; do
     round=$((round + 1))
-    fio --name=load --filename=/mnt/disk/file --size=24M --io_size=24M --direct=1 \
-        --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=512-64k --bs_unaligned=0 \
-        --blockalign=512 --serialize_overlap=1 --fsync=64 --randseed="$round" \
-        --verify=crc32c --verify_fatal=1 --do_verify=1 --minimal >/tmp/fio.log 2>&1 ||
-        { cat /tmp/fio.log; exit 1; }
-    name=/mnt/disk/copy$((round % 4))
-    dd if=/dev/urandom of="$name" bs=256k count=8 conv=fsync status=none
-    sha256sum "$name" >"/tmp/sum$((round % 4))"
+    mixed_fio /mnt/disk/file "$round"
+    random_file /mnt/disk/copy "$round" 4 8
 done
-echo 3 >/proc/sys/vm/drop_caches
-for sum in /tmp/sum?; do sha256sum -c -s "$sum"; done
-umount /mnt/disk
-e2fsck -f -n /dev/vda >/tmp/fsck 2>&1 || { cat /tmp/fsck; exit 1; }
-dmesg | grep -iE "i/o error|ext4-fs error|blocked for more" && exit 1
+check_files
+end_ext4 /dev/vda /mnt/disk
+no_errors
 echo "$round rounds verified"
 GUEST
-"$rig/guest-ctl" put "$here" "$scratch/load.sh" /tmp/load.sh
-"$rig/guest-ctl" exec "$here" -c '(bash /tmp/load.sh >/tmp/load.log 2>&1; echo $? >/tmp/load.status) \
-    </dev/null >/dev/null 2>&1 &'
 sleep 3
-
-# The load still runs.
-runs() {
-    "$rig/guest-ctl" exec "$here" -c '[ -e /tmp/load.status ] || exit 0
-        cat /tmp/load.log; dmesg | tail -n 5; exit 1' || die "the guest's load has ended"
-}
 
 # move NUMBER [OPTION...]: to a new QEMU; prints what QEMU says of it.
 move() {
@@ -78,7 +58,7 @@ for ((i = 1; i <= moves; i++)); do
         move 8 --cancel-at 40000000
         grep -q '"cancelled"' "$scratch/moved" || die "it was not cancelled"
         "$rig/guest-ctl" kill "$scratch/v8"
-        runs
+        expect_load "$here"
         move "$i"
         ;;
     4)
@@ -90,13 +70,10 @@ for ((i = 1; i <= moves; i++)); do
     # The source is left as who moves leaves it: stopped, and then ended.
     "$rig/guest-ctl" stop "$here"
     here=$scratch/v$i
-    runs
+    expect_load "$here"
 done
 
-"$rig/guest-ctl" exec "$here" --timeout 120 -c 'touch /tmp/stop
-    for ((i = 0; i < 1000; i++)); do [ -s /tmp/load.status ] && break; sleep 0.1; done
-    cat /tmp/load.log; dmesg | tail -n 3; [ "$(cat /tmp/load.status)" = 0 ]' ||
-    die "the guest's load failed"
+end_load "$here"
 "$rig/guest-ctl" stop "$here"
 stop_server
 logged=$(grep -c "writes to it are logged" "$scratch/serve.err") || true

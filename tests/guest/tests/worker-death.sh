@@ -24,44 +24,30 @@ trap '"$rig/guest-ctl" kill "$vm" || true; finish' EXIT
 "$rig/guest-ctl" put "$vm" "$rig/scenarios/fio-verify.sh" /tmp/fio-verify.sh
 
 # Both loads at once, until told to stop; then what they left is looked at again.
-cat >"$scratch/load.sh" <<'GUEST'
-set -e
-rm -f /tmp/stop
+start_load "$vm" <<'GUEST'
 (
     until [ -e /tmp/stop ]; do bash /tmp/fio-verify.sh /dev/vda 32M 32 2 || exit 1; done
-) >/tmp/fio.log 2>&1 &
+) >/tmp/verify.log 2>&1 &
 fio=$!
-mkfs.ext4 -q -F /dev/vdb
-mkdir -p /mnt/disk
-mount /dev/vdb /mnt/disk
+new_ext4 /dev/vdb /mnt/disk
 round=0
 until [ -e /tmp/stop ]; do
     round=$((round + 1))
-    name=/mnt/disk/file$((round % 8))
-    dd if=/dev/urandom of="$name" bs=256k count=32 conv=fsync status=none
-    sha256sum "$name" >"/tmp/sum$((round % 8))"
+    random_file /mnt/disk/file "$round" 8 32
 done
-wait "$fio" || { cat /tmp/fio.log; exit 1; }
-echo 3 >/proc/sys/vm/drop_caches
-for sum in /tmp/sum?; do sha256sum -c -s "$sum"; done
-umount /mnt/disk
-e2fsck -f -n /dev/vdb >/tmp/fsck 2>&1 || { cat /tmp/fsck; exit 1; }
-dmesg | grep -iE "i/o error|ext4-fs error|blocked for more" && exit 1
-echo "$round files written, fio: $(wc -l </tmp/fio.log) rounds verified"
+wait "$fio" || { cat /tmp/verify.log; exit 1; }
+check_files
+end_ext4 /dev/vdb /mnt/disk
+no_errors
+echo "$round files written, fio: $(wc -l </tmp/verify.log) rounds verified"
 GUEST
-"$rig/guest-ctl" put "$vm" "$scratch/load.sh" /tmp/load.sh
-"$rig/guest-ctl" exec "$vm" -c '(bash /tmp/load.sh >/tmp/load.log 2>&1; echo $? >/tmp/load.status) \
-    </dev/null >/dev/null 2>&1 &'
 for ((i = 1; i <= kills; i++)); do
     sleep $((3 + RANDOM % 3)).$((RANDOM % 1000))
     # shellcheck disable=SC2046
     kill -KILL $(cat "/proc/$server/task/$server/children")
 done
 sleep 4
-"$rig/guest-ctl" exec "$vm" --timeout 200 -c 'touch /tmp/stop
-    for ((i = 0; i < 1800; i++)); do [ -s /tmp/load.status ] && break; sleep 0.1; done
-    cat /tmp/load.log; dmesg | tail -n 5; [ "$(cat /tmp/load.status)" = 0 ]' ||
-    die "the guest's load failed"
+end_load "$vm"
 "$rig/guest-ctl" stop "$vm"
 stop_server
 deaths=$(grep -c "died (signal 9)" "$scratch/serve.err")
