@@ -26,6 +26,10 @@ use crate::raw::sleep_on;
 
 /// Calls in the kernel at a time, per queue.
 const ENTRY_COUNT: u32 = 256;
+/// While the device has at most `FEW` calls, so many are handed over at once: of three or more the
+/// kernel lets the device begin none before it has taken them all, and it would idle meanwhile.
+const BATCH: usize = 2;
+const FEW: u32 = 32;
 /// The store's file in the ring's table.
 const FILE: Fixed = Fixed(0);
 
@@ -84,9 +88,9 @@ impl UringQueue {
         })
     }
 
-    /// Puts what waits into the ring, as far as there is room. What needs no call (or no
-    /// further one) is completed here.
-    fn fill(&mut self, out: &mut Vec<StoreDone>) {
+    /// Hands what waits to the kernel, as far as there is room, and lets it work off completions.
+    /// What needs no call (or no further one) is completed here.
+    fn fill(&mut self, out: &mut Vec<StoreDone>) -> io::Result<()> {
         while self.in_kernel < ENTRY_COUNT
             && let Some(index) = self.backlog.pop_front()
         {
@@ -101,6 +105,9 @@ impl UringQueue {
                     let pushed = unsafe { self.ring.submission().push(&entry) };
                     assert!(pushed.is_ok(), "the ring has an entry for each call in the kernel");
                     self.in_kernel += 1;
+                    if self.in_kernel <= FEW && self.ring.submission().len() >= BATCH {
+                        self.enter()?;
+                    }
                 }
                 Next::Flush(token) => {
                     self.release(index);
@@ -112,6 +119,7 @@ impl UringQueue {
                 }
             }
         }
+        self.enter()
     }
 
     fn release(&mut self, index: usize) {
@@ -160,12 +168,10 @@ impl UringQueue {
     fn turn(&mut self, out: &mut Vec<StoreDone>) -> io::Result<()> {
         let before = out.len();
         self.inbox.take(out);
-        self.fill(out);
-        let mut entered = self.enter();
+        let mut entered = self.fill(out);
         self.reap();
         if !self.backlog.is_empty() {
-            self.fill(out);
-            entered = entered.and(self.enter());
+            entered = entered.and(self.fill(out));
         }
         self.in_flight -= out.len() - before;
         entered
