@@ -193,6 +193,8 @@ fn qcow2(scratch: &Scratch, name: &str) -> Result<PathBuf, String> {
         return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
     }
     std::fs::remove_file(&raw).map_err(|error| format!("{}: {error}", raw.display()))?;
+    let written = File::open(&path).and_then(|file| settle(&file));
+    written.map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(path)
 }
 
@@ -203,5 +205,12 @@ fn write_image(path: &Path) -> std::io::Result<()> {
         file.write_all(&block)?;
     }
     file.write_all_at(&[1], 0)?;
-    file.sync_all()
+    settle(&file)
+}
+
+/// Nothing of a file is in the page cache any more: whoever goes past it first would have to write
+/// it back, and to throw it out, page by page.
+fn settle(file: &File) -> std::io::Result<()> {
+    file.sync_all()?;
+    Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
