@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use upcall_block::{Errno, Op, Range, Status, StoreDone, StoreIo, StoreToken};
-use upcall_ring::{Arena, ArenaSlice, Buffers, Doorbell, PAGE_SIZE};
+use upcall_ring::{Arena, ArenaSlice, Buffers, Doorbell, PAGE_SIZE, Turn, Waiter};
 
 use crate::image::daemon::{Daemon, Starter};
 use crate::image::ledger::{Ask, Key, Ledger, Next, Outcome};
@@ -37,6 +37,8 @@ const DATA_PIECE_BYTES: u32 = 4 << 20;
 const ATTEMPTS_MAX: u32 = 8;
 const USELESS_MAX: Duration = Duration::from_secs(60);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How often a thread that has too much to do to sleep looks how the daemon is.
+const CHECK_NS: u64 = 100_000_000;
 /// How long a daemon may take to close the image.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -151,8 +153,13 @@ impl Keeper {
     pub fn run(mut self) {
         let mut messages = Vec::new();
         let mut is_stopping = false;
+        let mut waiter = Waiter::default();
+        let start = Instant::now();
+        let now_ns = || start.elapsed().as_nanos() as u64;
+        let mut checked_ns = 0;
         loop {
             self.port.take(&mut messages);
+            let mut is_busy = !messages.is_empty();
             for message in messages.drain(..) {
                 match message {
                     Message::Ask(io, inbox) => self.admit(io, inbox),
@@ -163,9 +170,12 @@ impl Keeper {
                     }
                 }
             }
-            if let Err(reason) = self.turn() {
-                self.recover(&reason);
-                continue;
+            match self.turn() {
+                Ok(did) => is_busy |= did,
+                Err(reason) => {
+                    self.recover(&reason);
+                    continue;
+                }
             }
             let is_idle = self.ledger.is_idle() && self.ledger.next().is_none();
             if is_stopping && (is_idle || self.link.is_none()) {
@@ -174,9 +184,24 @@ impl Keeper {
             if self.ring.busy_count() == 0 && self.link.is_some() && self.ledger.next().is_some() {
                 continue;
             }
-            if self.port.before_sleep() && self.ring.before_sleep() {
-                self.sleep();
-                self.ring.after_sleep();
+            let looked_ns = now_ns();
+            match waiter.turn(is_busy, looked_ns) {
+                Turn::Sleep => {
+                    if self.port.before_sleep() && self.ring.before_sleep() {
+                        self.watch(true);
+                        self.ring.after_sleep();
+                    }
+                    checked_ns = now_ns();
+                }
+                _ if looked_ns - checked_ns > CHECK_NS => {
+                    self.watch(false);
+                    checked_ns = looked_ns;
+                }
+                Turn::Yield => {
+                    rustix::thread::sched_yield();
+                    waiter.yielded(now_ns() - looked_ns);
+                }
+                Turn::Poll => std::hint::spin_loop(),
             }
         }
         self.end();
@@ -223,20 +248,21 @@ impl Keeper {
         self.settle(out);
     }
 
-    /// One round: completions in, requests out.
-    fn turn(&mut self) -> Result<(), String> {
-        self.reap()?;
+    /// One round: completions in, requests out. True if there were completions.
+    fn turn(&mut self) -> Result<bool, String> {
+        let has_reaped = self.reap()?;
         self.fly();
-        Ok(())
+        Ok(has_reaped)
     }
 
-    fn reap(&mut self) -> Result<(), String> {
+    fn reap(&mut self) -> Result<bool, String> {
         if self.link.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         let mut ended = Vec::new();
         let result = self.ring.reap(&mut ended);
         let mut out = Outcome::default();
+        let has_reaped = !ended.is_empty();
         for (slot, status) in ended {
             let Some((key, _)) = self.slots[slot].take() else { continue };
             self.attempts = 0;
@@ -250,7 +276,7 @@ impl Keeper {
         if is_lost {
             self.lose();
         }
-        result.map_err(|violation| format!("it {}", violation.0))
+        result.map(|()| has_reaped).map_err(|violation| format!("it {}", violation.0))
     }
 
     /// A read's data, from the daemon's memory to the guest's.
@@ -399,21 +425,25 @@ impl Keeper {
         }
     }
 
-    /// Until something happens, or a request has been with the daemon for too long.
-    fn sleep(&mut self) {
+    /// Looks how the daemon is, and ends it if it has a request for too long. `sleeps`: first waits
+    /// until something happens, or that is so.
+    fn watch(&mut self, sleeps: bool) {
         let oldest = self.slots.iter().flatten().map(|(_, since)| *since).min();
         let Some(link) = &mut self.link else {
-            let mut fds = [PollFd::from_borrowed_fd(self.port.doorbell(), PollFlags::IN)];
-            let _ = rustix::event::poll(&mut fds, None);
+            if sleeps {
+                let mut fds = [PollFd::from_borrowed_fd(self.port.doorbell(), PollFlags::IN)];
+                let _ = rustix::event::poll(&mut fds, None);
+            }
             return;
         };
-        let limit =
-            oldest.map(|since| (since + self.patience).saturating_duration_since(Instant::now()));
-        let limit = limit.map(|limit| Timespec {
-            tv_sec: limit.as_secs() as i64,
+        let until_late = |since: Instant| {
+            let left = (since + self.patience).saturating_duration_since(Instant::now());
             // Rounded up, so that the time is over when it wakes.
-            tv_nsec: i64::from(limit.subsec_nanos() | 0xf_ffff).min(999_999_999),
-        });
+            let tv_nsec = i64::from(left.subsec_nanos() | 0xf_ffff).min(999_999_999);
+            Timespec { tv_sec: left.as_secs() as i64, tv_nsec }
+        };
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let limit = if sleeps { oldest.map(until_late) } else { Some(at_once) };
         let (is_gone, has_said) = {
             let mut fds = vec![
                 PollFd::from_borrowed_fd(self.port.doorbell(), PollFlags::IN),
