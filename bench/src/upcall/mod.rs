@@ -20,6 +20,10 @@ pub const ONE: &str = "1 filter";
 /// What follows [`ONE`] in the side whose filter asks for none of the requests there are.
 pub const ELSEWHERE: &str = ", asks for discard only";
 
+/// What follows [`ONE`] in the side whose filter sees each request on its way up, too: two
+/// up-calls.
+pub const WATCHING: &str = ", watching";
+
 /// What follows [`chain_of`] in sides whose filters are instances of one file: one filter host
 /// serves them all.
 pub const TOGETHER: &str = " of one file";
@@ -140,7 +144,7 @@ fn sides(effort: &Effort) -> Result<Vec<Side>, String> {
     let plain = |mode: &str| {
         link(Kind::PLAIN).map(|link| Link { params: vec![("mode".into(), mode.into())], ..link })
     };
-    one(", watching", plain("watch"), &both);
+    one(WATCHING, plain("watch"), &both);
     one(", sees data", link(Kind::with(Data::Sees)), &writes_and_reads);
     one(", changes data", link(Kind::with(Data::Changes)), &writes_and_reads);
     one(ELSEWHERE, link(Kind::with(Data::Elsewhere)), &both);
