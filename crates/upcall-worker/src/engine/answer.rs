@@ -98,7 +98,7 @@ impl Engine {
         self.leave(number, failed)?;
         if verdict == Verdict::Watch {
             let flight = self.flights.get_mut(number)?;
-            flight.cookies[slot.index()] = cookie;
+            flight.keep_cookie(slot, cookie);
             flight.void.remove(slot);
         }
         self.judge(link, number, slot, verdict)

@@ -1,13 +1,11 @@
 //! How a request begins: its way through the chain is chosen, and where filters look at its
 //! data, it gets a private copy in an arena, or waits until there is room for one.
 
-use smallvec::SmallVec;
 use upcall_block::{Errno, Op, Range, Request, RequestFlags};
-use upcall_chain::{Entry, Flight, Route, SlotIndex, SlotSet};
+use upcall_chain::{Entry, Flight, Route, SlotIndex};
 use upcall_ring::Buffers;
 
 use super::Engine;
-use super::images::Image;
 use super::inflight::{InFlight, Origin};
 use crate::plant::is_planted;
 
@@ -70,33 +68,13 @@ impl Engine {
         let is_part = matches!(begin.origin, Origin::Part(_));
         let needs_arena =
             begin.range.length() > 0 && (is_part || chain.needs_arena(begin.op, entry));
-        let cookies = match chain.len() {
-            0 => SmallVec::new(),
-            slots => SmallVec::from_elem(0, slots),
-        };
-        let number = self.flights.insert(InFlight {
-            flight,
-            lane: begin.lane,
-            op: begin.op,
-            range: begin.range,
-            flags: begin.flags,
-            origin: begin.origin,
-            data: begin.data,
-            slice: None,
-            cookies,
-            void: SlotSet::EMPTY,
-            visit: None,
-            image: Image::None,
-            touched: false,
-            waiting: None,
-            arrived_ns: begin.arrived_ns,
-            stored_ns: 0,
-        });
+        let origin = begin.origin;
+        let number = self.flights.insert(InFlight::new(flight, begin));
         if !needs_arena {
             self.carry_out(number, action);
             return;
         }
-        let arena = self.arena_of(begin.origin);
+        let arena = self.arena_of(origin);
         if !self.waiting[arena].requests.is_empty() || !self.make_private(number) {
             if let Some(flight) = self.flights.get_mut(number) {
                 flight.waiting = Some(action);

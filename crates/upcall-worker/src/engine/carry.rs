@@ -88,7 +88,7 @@ impl Engine {
                 up => raw_status(up.unwrap_or(Ok(()))),
             },
             data,
-            cookie: if up.is_some() { flight.cookies[slot.index()] } else { 0 },
+            cookie: if up.is_some() { flight.cookie(slot) } else { 0 },
             instance,
             ..Submission::default()
         };

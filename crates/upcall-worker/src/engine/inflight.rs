@@ -7,6 +7,7 @@ use upcall_block::{Op, Range, RequestFlags, Tag};
 use upcall_chain::{Action, Chunks, Flight, Join, SlotIndex, SlotSet};
 use upcall_ring::{ArenaSlice, Buffers};
 
+use super::begin::Begin;
 use super::images::Image;
 use super::link::Life;
 use super::message::Delivery;
@@ -91,8 +92,8 @@ pub(super) struct InFlight {
     pub(super) data: Buffers,
     /// The private copy that filters see, where one of them asked for the data.
     pub(super) slice: Option<ArenaSlice>,
-    /// What each filter stored with its watch, by slot.
-    pub(super) cookies: SmallVec<[u64; 8]>,
+    /// What filters stored with their watches, by slot, as far as the last that did.
+    cookies: SmallVec<[u64; 8]>,
     /// The slots whose cookies are those of instances that are gone.
     pub(super) void: SlotSet,
     pub(super) visit: Option<Visit>,
@@ -105,6 +106,51 @@ pub(super) struct InFlight {
     /// When it arrived, and when it last went to the store.
     pub(super) arrived_ns: u64,
     pub(super) stored_ns: u64,
+}
+
+impl InFlight {
+    /// A request at its beginning, on its `flight`.
+    pub(super) fn new(flight: Flight, begin: Begin) -> InFlight {
+        InFlight {
+            flight,
+            lane: begin.lane,
+            op: begin.op,
+            range: begin.range,
+            flags: begin.flags,
+            origin: begin.origin,
+            data: begin.data,
+            slice: None,
+            cookies: SmallVec::new(),
+            void: SlotSet::EMPTY,
+            visit: None,
+            image: Image::None,
+            touched: false,
+            waiting: None,
+            arrived_ns: begin.arrived_ns,
+            stored_ns: 0,
+        }
+    }
+
+    /// What the filter at `slot` stored with its watch; 0: nothing.
+    pub(super) fn cookie(&self, slot: SlotIndex) -> u64 {
+        self.cookies.get(slot.index()).copied().unwrap_or(0)
+    }
+
+    /// The filter at `slot` watches, and has stored this.
+    pub(super) fn keep_cookie(&mut self, slot: SlotIndex, cookie: u64) {
+        if self.cookies.len() <= slot.index() {
+            self.cookies.resize(slot.index() + 1, 0);
+        }
+        self.cookies[slot.index()] = cookie;
+    }
+
+    /// What the filter at `slot` stored means nothing to who is there now.
+    pub(super) fn void_cookie(&mut self, slot: SlotIndex) {
+        if let Some(cookie) = self.cookies.get_mut(slot.index()) {
+            *cookie = 0;
+        }
+        self.void.insert(slot);
+    }
 }
 
 /// Requests that wait for room in one arena, in the order of their arrival.

@@ -78,8 +78,7 @@ impl Engine {
             .collect();
         for (_, flight) in self.flights.iter_mut().filter(|(_, flight)| flight.lane == 0) {
             for slot in &lost {
-                flight.cookies[slot.index()] = 0;
-                flight.void.insert(*slot);
+                flight.void_cookie(*slot);
             }
         }
     }

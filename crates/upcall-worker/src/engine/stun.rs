@@ -271,8 +271,7 @@ impl Engine {
         for (_, flight) in self.flights.iter_mut().filter(|(_, flight)| flight.lane == 0) {
             flight.flight.handle_adoption(was, chain);
             for slot in replaced {
-                flight.cookies[slot.index()] = 0;
-                flight.void.insert(*slot);
+                flight.void_cookie(*slot);
             }
         }
         for slot in replaced {
