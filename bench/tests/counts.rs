@@ -336,8 +336,8 @@ fn a_request_and_an_up_call_take_no_more_instructions_than_they_did() {
     }
 }
 
-const REQUEST_INSTRUCTIONS: f64 = 1895.0;
-const UP_CALL_INSTRUCTIONS: f64 = 1280.0;
+const REQUEST_INSTRUCTIONS: f64 = 1880.0;
+const UP_CALL_INSTRUCTIONS: f64 = 1214.0;
 
 #[test]
 #[ignore = "run by another test, under strace or valgrind"]
