@@ -8,6 +8,9 @@
 //! Always true: the host has exactly the queues that run, and has none when the `Device`
 //! is dropped.
 
+mod host;
+mod messages;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,68 +19,23 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use upcall_ring::Doorbell;
-use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
-    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
-};
-use vhost::vhost_user::{Backend, Error, GpuBackend, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::Error;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserMemoryRegion};
 
 use crate::channel::BackendChannel;
 use crate::config::BlkConfig;
 use crate::dirty::{DirtyLog, LogError, seen_everywhere};
 use crate::inflight::{Extent, Inflight, InflightError};
 use crate::memory::{GuestMemory, MEMORY_SLOTS_MAX, MemoryError, Region, RegionAddress};
-use crate::queue::{Shared, Signals, Stopped, VirtQueue};
+use crate::queue::{Shared, Signals, VirtQueue};
 use crate::ring::{self, PackedRing, Position, RingAddress, SplitRing};
 use crate::virtio::*;
+pub use host::QueueHost;
 
 /// How long a ring that stops may take to end what a worker before us had begun, and how long
 /// it runs at a time for that.
 const LEFT_TIMEOUT: Duration = Duration::from_secs(10);
 const LEFT_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Who runs the queues: the worker. All calls come from the thread that is in
-/// [`serve_connection`](crate::serve_connection).
-pub trait QueueHost {
-    /// Rings are about to start, and none ran: may they? Blocks while another connection's
-    /// rings run: two guests must not use a disk at once, and of one that reconnects the old
-    /// connection must have ended. False: they never may, as the connection is about to end.
-    fn claim(&mut self) -> bool {
-        true
-    }
-
-    /// No ring runs any more, and the frontend knows: another connection's may start. Also
-    /// called without a [`claim`](Self::claim).
-    fn release(&mut self) {}
-
-    /// A ring starts: serve it, on a thread of its own, from now on. Also when it broke:
-    /// keep it until [`stop`](Self::stop).
-    fn start(&mut self, index: u16, queue: VirtQueue);
-
-    /// The ring `index`, which was started, stops. Blocks until everything that was taken
-    /// from it is completed, and [finishes](VirtQueue::finish) it. The guest's memory may
-    /// be gone for good once this returns, but for what the frontend still shares.
-    fn stop(&mut self, index: u16) -> Stopped;
-
-    /// What is written to the guest's memory is logged from now on, or no more: the frontend
-    /// copies it elsewhere, as when a guest migrates.
-    fn logging(&mut self, on: bool) {
-        let _ = on;
-    }
-
-    /// The frontend is gone; the queues that run are stopped next. Nobody waits for answers
-    /// any more: what is held up may be cancelled. Not called when we end the connection:
-    /// then the guest still waits, and what was taken should end well.
-    fn disconnected(&mut self) {}
-
-    /// The guest has reset the device, and the frontend is still there; the queues that run
-    /// are stopped next. As in [`disconnected`](Self::disconnected), nobody waits for
-    /// answers.
-    fn reset(&mut self) {
-        self.disconnected();
-    }
-}
 
 /// What the frontend asked for and did not get. Ends the connection.
 #[derive(Debug, thiserror::Error)]
@@ -529,268 +487,4 @@ fn kick_doorbell(file: File) -> Doorbell {
         let _ = rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK);
     }
     Doorbell::from_fd(fd)
-}
-
-impl VhostUserBackendReqHandlerMut for Device<'_> {
-    fn set_owner(&mut self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn reset_owner(&mut self) -> Result<(), Error> {
-        self.stop_all();
-        for ring in &mut self.rings {
-            *ring = Ring::default();
-        }
-        self.release();
-        Ok(())
-    }
-
-    fn get_features(&mut self) -> Result<u64, Error> {
-        Ok(self.config().features())
-    }
-
-    fn set_features(&mut self, features: u64) -> Result<(), Error> {
-        let answer = self.set_accepted_features(features);
-        self.answer(answer)
-    }
-
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures, Error> {
-        Ok(VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::LOG_SHMFD
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    }
-
-    fn set_protocol_features(&mut self, features: u64) -> Result<(), Error> {
-        let unknown = features & !self.get_protocol_features()?.bits();
-        let answer =
-            if unknown == 0 { Ok(()) } else { Err(Refusal::Features { features: unknown }) };
-        self.acknowledges = features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
-        self.answer(answer)
-    }
-
-    fn get_queue_num(&mut self) -> Result<u64, Error> {
-        Ok(self.config().queues().into())
-    }
-
-    fn get_max_mem_slots(&mut self) -> Result<u64, Error> {
-        Ok(MEMORY_SLOTS_MAX as u64)
-    }
-
-    fn set_mem_table(
-        &mut self,
-        regions: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<Vec<u64>>, Error> {
-        let answer = self.set_regions(regions, &files);
-        self.answer(answer).map(|()| None)
-    }
-
-    fn add_mem_region(
-        &mut self,
-        region: &VhostUserSingleMemoryRegion,
-        file: File,
-        _postcopy_listening: Option<bool>,
-    ) -> Result<Option<u64>, Error> {
-        let answer = self.add_region(region, &file);
-        self.answer(answer).map(|()| None)
-    }
-
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<(), Error> {
-        let (_, memory) = self.shared.memory();
-        let answer = memory.without(region_address(region)).map_err(Refusal::from);
-        let memory = self.answer(answer)?;
-        self.shared.set_memory(memory);
-        Ok(())
-    }
-
-    fn set_vring_num(&mut self, index: u32, size: u32) -> Result<(), Error> {
-        let size_max = self.config().queue_size_max();
-        let answer = match u16::try_from(size) {
-            Ok(size) if size.is_power_of_two() && size <= size_max => {
-                self.change(index, |ring| ring.size = Some(size))
-            }
-            _ => Err(Refusal::RingSize { index, size, size_max }),
-        };
-        self.answer(answer)
-    }
-
-    fn set_vring_addr(
-        &mut self,
-        index: u32,
-        flags: VhostUserVringAddrFlags,
-        descriptors: u64,
-        used: u64,
-        available: u64,
-        log: u64,
-    ) -> Result<(), Error> {
-        let address = RingAddress { descriptors, available, used };
-        let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
-        let answer = self.place_ring(index, address, log);
-        self.answer(answer)
-    }
-
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<(), Error> {
-        let packed = self.features & RING_PACKED != 0;
-        let answer = if packed || base <= u16::MAX.into() {
-            self.change(index, |ring| ring.base = base)
-        } else {
-            Err(Refusal::RingBase { index, base })
-        };
-        self.answer(answer)
-    }
-
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState, Error> {
-        let answer = self.place(index).and_then(|at| {
-            self.stop(at);
-            self.finish_left(at)?;
-            Ok(at)
-        });
-        self.release_if_idle();
-        let at = self.answer(answer)?;
-        // A stopped ring needs a new kick descriptor to start.
-        self.rings[at].kick = None;
-        Ok(VhostUserVringState::new(index, self.rings[at].base))
-    }
-
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
-        let answer = match fd {
-            Some(file) => self.change(index.into(), |ring| ring.kick = Some(kick_doorbell(file))),
-            None => Err(Refusal::NoKick { index }),
-        };
-        self.answer(answer)
-    }
-
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
-        let answer = self.place(index.into());
-        let at = self.answer(answer)?;
-        let signals = &self.rings[at].signals;
-        signals.set_call(fd.map(OwnedFd::from));
-        // A completion may just have been told to the descriptor before, which nobody looks
-        // at any more: QEMU changes them whenever the guest masks its interrupt, and does not
-        // wait for us. A guest that misses an interrupt waits for ever; one too many costs
-        // it nothing.
-        signals.ring_call();
-        Ok(())
-    }
-
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<(), Error> {
-        let answer = self.place(index.into());
-        let at = self.answer(answer)?;
-        self.rings[at].signals.set_error(fd.map(OwnedFd::from));
-        Ok(())
-    }
-
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<(), Error> {
-        let answer = self.place(index).and_then(|at| {
-            self.rings[at].enabled = enable;
-            if enable {
-                self.start_if_ready(at)
-            } else {
-                self.stop(at);
-                self.release_if_idle();
-                Ok(())
-            }
-        });
-        self.answer(answer)
-    }
-
-    fn get_config(
-        &mut self,
-        offset: u32,
-        size: u32,
-        _flags: VhostUserConfigFlags,
-    ) -> Result<Vec<u8>, Error> {
-        Ok(self.config().read_space(offset, size))
-    }
-
-    fn set_config(
-        &mut self,
-        offset: u32,
-        bytes: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> Result<(), Error> {
-        let answer = self.write_config(offset, bytes);
-        self.answer(answer)
-    }
-
-    fn reset_device(&mut self) -> Result<(), Error> {
-        self.host.reset();
-        self.stop_all();
-        self.release();
-        for ring in &mut self.rings {
-            *ring = Ring::default();
-        }
-        if let Some(inflight) = &self.inflight {
-            inflight.clear();
-        }
-        // That there are protocol features stays negotiated: it says how rings are enabled.
-        self.features &= PROTOCOL_FEATURES;
-        self.shared.set_flush_negotiated(false);
-        self.shared.dirty.set_log(None);
-        self.switch_logging();
-        Ok(())
-    }
-
-    fn set_backend_req_fd(&mut self, _backend: Backend) {
-        // The crate's sender does not know the one message that we send.
-        if let Some(fd) = self.offered_channel.take() {
-            self.channel.set(fd);
-        }
-    }
-
-    fn set_gpu_socket(&mut self, _socket: GpuBackend) -> Result<(), Error> {
-        self.not_offered("GPU_SET_SOCKET")
-    }
-
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File, Error> {
-        self.not_offered("SHARED_OBJECT")
-    }
-
-    fn get_inflight_fd(
-        &mut self,
-        inflight: &VhostUserInflight,
-    ) -> Result<(VhostUserInflight, File), Error> {
-        // Nothing of it is kept here: whoever asks for many has to keep them.
-        let made = self.extent(inflight).and_then(|extent| Ok((extent, extent.make_file()?)));
-        let (extent, file) = self.answer(made)?;
-        let Extent { queues, queue_size, .. } = extent;
-        let told = VhostUserInflight::new(extent.bytes() as u64, 0, queues, queue_size);
-        Ok((told, file.into()))
-    }
-
-    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<(), Error> {
-        let answer = self.track(inflight, &file);
-        self.answer(answer)
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
-    ) -> Result<Option<File>, Error> {
-        self.not_offered("DEVICE_STATE")
-    }
-
-    fn check_device_state(&mut self) -> Result<(), Error> {
-        self.not_offered("DEVICE_STATE")
-    }
-
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig, Error> {
-        self.not_offered("SHMEM")
-    }
-
-    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<(), Error> {
-        let &VhostUserLog { mmap_size, mmap_offset } = log;
-        let answer = DirtyLog::map(&file, mmap_offset, mmap_size)
-            .map_err(Refusal::from)
-            .and_then(|log| self.set_log(log));
-        self.answer(answer)
-    }
 }

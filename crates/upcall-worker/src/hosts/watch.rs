@@ -1,363 +1,41 @@
-//! The filter hosts of a worker, watched by one thread: it passes on what they log, shows
-//! what they count, notices their death, kills those that are given up, and has those that
-//! died started again.
-//!
-//! When and how often is decided by [`Recovery`]; setting a host up, which runs the filter's
-//! code and may take long, is done on a thread of its own, so that one filter that is slow to
-//! start keeps nobody else waiting.
-//!
-//! Always true: a life of a host begins to be set up only when the process of the last one is
-//! dead, and every queue thread has said that nothing which it had issued can come late.
+//! The watch itself, over all hosts.
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
-use upcall_chain::{Failed, Health, OnFailure, Recovery, RecoveryPolicy};
-use upcall_filterhost::{Counters, HostProcess, Placement};
+use upcall_chain::{Failed, RecoveryPolicy};
+use upcall_filterhost::{HostProcess, Placement};
 use upcall_ring::Doorbell;
-use upcall_stats::{FilterHealth, Page, Standing};
+use upcall_stats::{FilterHealth, Page};
 
+use super::host::{Host, Phase};
+use super::keeper::Order;
+use super::{EngineHandle, HostId, HostNews};
 use crate::config::{LogLevel, LogSink};
 use crate::engine::{Clock, Command, Life};
 use crate::error::StartError;
 use crate::recipe::{Recipe, SetUp};
 use crate::share::{Share, Weight};
 
-/// A filter host of this worker: its index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct HostId(pub(crate) usize);
-
-/// What queue threads tell the thread that watches.
-pub(crate) enum HostNews {
-    /// Kill this life of a filter host.
-    GiveUp { host: HostId, life: Life, reason: String },
-    /// Nothing that this life had issued, which is dead, can reach a store any more from here.
-    Quiet { host: HostId, life: Life },
-}
-
-/// Tells the thread that watches; false if it has ended.
-pub(crate) type TellHosts = Arc<dyn Fn(HostNews) -> bool + Send + Sync>;
-
 /// How often counters are shown.
 const COUNTERS_EVERY: Duration = Duration::from_millis(500);
 const NS: u64 = 1_000_000_000;
 
-/// A way to send commands to a queue thread and wake it.
-#[derive(Clone)]
-pub(crate) struct EngineHandle {
-    pub(crate) commands: Sender<Command>,
-    pub(crate) wake: Doorbell,
-}
-
-impl EngineHandle {
-    /// Sends a command; false, and nothing happens, if the thread has ended.
-    pub(crate) fn send(&self, command: Command) -> bool {
-        let sent = self.commands.send(command).is_ok();
-        self.wake.ring();
-        sent
-    }
-}
-
-/// A filter host that serves, to be watched.
-pub(crate) struct Watched {
-    pub(crate) recipe: Arc<Recipe>,
-    pub(crate) process: HostProcess,
-    /// By instance.
-    pub(crate) counters: Vec<Counters>,
-}
-
-enum Order {
-    News(HostNews),
-    SetUp(HostId, Box<Result<(HostProcess, SetUp), StartError>>),
-    SetAside(HostId, SyncSender<bool>),
-    Release(HostId),
-    Lend(HostId, SyncSender<Option<HostProcess>>),
-    GiveBack(HostId, Box<HostProcess>),
-    Adopt(HostId, Box<Watched>, Option<TrialEnds>),
-    Amend(HostId, Arc<Recipe>),
-    EndTrial(HostId),
-    Forget(HostId, SyncSender<Option<HostProcess>>),
-    Return,
-}
-
-/// Told when a host that is on trial has failed, and why.
-pub(crate) type TrialEnds = Sender<(HostId, String)>;
-
-/// What a chain change asks of the thread that watches. From any thread.
-#[derive(Clone)]
-pub(crate) struct HostKeeper {
-    orders: Sender<Order>,
-    wake: Doorbell,
-}
-
-impl HostKeeper {
-    /// Takes a host away from the watch, to talk to it. None if it does not serve just now.
-    /// It is to be [given back](Self::give_back): until then its death is not seen.
-    pub(crate) fn lend(&self, host: HostId) -> Option<HostProcess> {
-        let (reply, lent) = sync_channel(1);
-        self.order(Order::Lend(host, reply));
-        lent.recv().ok().flatten()
-    }
-
-    /// Gives a host back, which may have died or been killed meanwhile.
-    pub(crate) fn give_back(&self, host: HostId, process: HostProcess) {
-        self.order(Order::GiveBack(host, Box::new(process)));
-    }
-
-    /// Starts a host no more that does not serve, until it is [released](Self::release): another
-    /// filter takes its slot's place, and of one slot no two instances are ever open. False if
-    /// a process of it is there: it is being started just now, or is not dead yet.
-    pub(crate) fn set_aside(&self, host: HostId) -> bool {
-        let (reply, is_done) = sync_channel(1);
-        self.order(Order::SetAside(host, reply));
-        is_done.recv().unwrap_or(true)
-    }
-
-    /// A host that was set aside is started again in time, unless it is forgotten.
-    pub(crate) fn release(&self, host: HostId) {
-        self.order(Order::Release(host));
-    }
-
-    /// Watches another host from now on. One on trial is not started again when it fails;
-    /// `trial` is told instead.
-    pub(crate) fn adopt(&self, host: HostId, watched: Watched, trial: Option<TrialEnds>) {
-        self.order(Order::Adopt(host, Box::new(watched), trial));
-    }
-
-    /// A host, which is lent, has another recipe from now on: some instances are closed.
-    pub(crate) fn amend(&self, host: HostId, recipe: Arc<Recipe>) {
-        self.order(Order::Amend(host, recipe));
-    }
-
-    /// A host is on trial no longer: it is started again when it fails or has failed.
-    pub(crate) fn end_trial(&self, host: HostId) {
-        self.order(Order::EndTrial(host));
-    }
-
-    /// Watches a host no longer, and gives it back if it is there. It is not started again.
-    pub(crate) fn forget(&self, host: HostId) -> Option<HostProcess> {
-        let (reply, forgotten) = sync_channel(1);
-        self.order(Order::Forget(host, reply));
-        forgotten.recv().ok().flatten()
-    }
-
-    fn order(&self, order: Order) {
-        // Nobody watches any more: everything ends.
-        let _ = self.orders.send(order);
-        self.wake.ring();
-    }
-}
-
-/// A host that is watched no longer, and the numbers of its instances.
-pub(crate) type Stopped = (HostProcess, Vec<u32>);
-
-/// The thread that watches; see the module.
-pub(crate) struct Supervisor {
-    orders: Sender<Order>,
-    wake: Doorbell,
-    thread: Option<JoinHandle<Vec<Stopped>>>,
-}
-
-impl Supervisor {
-    pub(crate) fn start(
-        hosts: Vec<Watched>,
-        engines: Vec<EngineHandle>,
-        policy: RecoveryPolicy,
-        page: Arc<Page>,
-        log: LogSink,
-        orders: SupervisorOrders,
-    ) -> std::io::Result<Supervisor> {
-        let SupervisorOrders { sender, receiver, wake } = orders;
-        let hosts = hosts.into_iter().enumerate();
-        let hosts = hosts.map(|(id, host)| (HostId(id), Host::new(host, policy))).collect();
-        let mut watch = Watch {
-            hosts,
-            engines,
-            page,
-            log,
-            orders: receiver,
-            sender: sender.clone(),
-            wake: wake.clone(),
-            clock: Clock::default(),
-            policy,
-        };
-        let thread = std::thread::Builder::new().name("upcall-hosts".into()).spawn(move || {
-            watch.run();
-            let hosts = watch.hosts.into_values();
-            hosts.filter_map(|host| Some((host.process?, host.recipe.instance_numbers()))).collect()
-        })?;
-        Ok(Supervisor { orders: sender, wake, thread: Some(thread) })
-    }
-
-    /// Ends the watch and gives the filter hosts back that are there, with the numbers of their
-    /// instances.
-    pub(crate) fn stop(mut self) -> Vec<Stopped> {
-        self.end()
-    }
-
-    /// For chain changes.
-    pub(crate) fn keeper(&self) -> HostKeeper {
-        HostKeeper { orders: self.orders.clone(), wake: self.wake.clone() }
-    }
-
-    fn end(&mut self) -> Vec<Stopped> {
-        let _ = self.orders.send(Order::Return);
-        self.wake.ring();
-        self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
-    }
-}
-
-/// Dropping it ends the filter hosts.
-impl Drop for Supervisor {
-    fn drop(&mut self) {
-        drop(self.end());
-    }
-}
-
-/// Where orders to a supervisor go, made before it so that queue threads can have it.
-pub(crate) struct SupervisorOrders {
-    sender: Sender<Order>,
-    receiver: Receiver<Order>,
-    wake: Doorbell,
-}
-
-impl SupervisorOrders {
-    pub(crate) fn new() -> std::io::Result<SupervisorOrders> {
-        let (sender, receiver) = channel();
-        Ok(SupervisorOrders { sender, receiver, wake: Doorbell::new()? })
-    }
-
-    /// What a queue thread tells its news by.
-    pub(crate) fn tell(&self) -> TellHosts {
-        let (sender, wake) = (self.sender.clone(), self.wake.clone());
-        Arc::new(move |news| {
-            let is_told = sender.send(Order::News(news)).is_ok();
-            wake.ring();
-            is_told
-        })
-    }
-}
-
-/// Where a host is between two lives.
-#[derive(Debug, PartialEq, Eq)]
-enum Phase {
-    Serving,
-    /// Somebody else talks to it. It was to be killed meanwhile, for this.
-    Lent {
-        condemned: Option<String>,
-    },
-    /// It was killed, for this, and is not dead yet.
-    Dying {
-        reason: String,
-    },
-    /// It is dead; so many queue threads still wait for what it had issued.
-    Quieting {
-        left: usize,
-    },
-    /// It waits for its time.
-    Waiting,
-    SettingUp,
-    Gone,
-}
-
-struct Host {
-    recipe: Arc<Recipe>,
-    process: Option<HostProcess>,
-    life: Life,
-    phase: Phase,
-    recovery: Recovery,
-    /// Of the processor, in this life.
-    share: Share,
-    /// What it counts, and what its earlier lives had counted; by instance.
-    counters: Vec<(Counters, Vec<(String, u64)>)>,
-    failures: u64,
-    /// When it failed, if it does not serve.
-    failed_ns: u64,
-    longest_stall_ns: u64,
-    /// It is on trial.
-    trial: Option<TrialEnds>,
-    /// It is not to be started now.
-    is_aside: bool,
-}
-
-impl Host {
-    fn new(watched: Watched, policy: RecoveryPolicy) -> Host {
-        let Watched { recipe, process, counters } = watched;
-        let share = Share::new(recipe.channels.len());
-        Host {
-            recipe,
-            process: Some(process),
-            life: Life::default(),
-            phase: Phase::Serving,
-            recovery: Recovery::new(policy),
-            share,
-            counters: counters.into_iter().map(|counters| (counters, Vec::new())).collect(),
-            failures: 0,
-            failed_ns: 0,
-            longest_stall_ns: 0,
-            trial: None,
-            is_aside: false,
-        }
-    }
-
-    fn name(&self) -> &str {
-        &self.recipe.description.name
-    }
-
-    /// Whether somebody waits for it to come back. One within the worker cannot: its code
-    /// is still there.
-    fn is_needed(&self) -> bool {
-        self.recipe.placement == Placement::Isolated
-            && self.recipe.instances.iter().any(|given| given.on_failure != OnFailure::Detach)
-    }
-
-    /// Whether it waits for its time to be started.
-    fn is_waiting(&self) -> bool {
-        self.phase == Phase::Waiting && self.trial.is_none() && !self.is_aside
-    }
-
-    /// Its disks and what becomes of their requests, for people.
-    fn consequences(&self) -> String {
-        let of = |given: &crate::recipe::GivenInstance| {
-            let what = match given.on_failure {
-                _ if self.recipe.placement == Placement::Inline => "requests that need it fail",
-                OnFailure::Hold => "requests wait for it",
-                OnFailure::Bypass => "requests go past it, and what it misses is recorded",
-                OnFailure::Fail => "requests that need it fail",
-                OnFailure::Detach => "it has left the chain, and does not come back",
-            };
-            format!("disk {}: {what}", given.disk)
-        };
-        self.recipe.instances.iter().map(of).collect::<Vec<_>>().join("; ")
-    }
-
-    fn standing(&self, on_failure: OnFailure) -> Standing {
-        match (matches!(self.phase, Phase::Serving | Phase::Lent { .. }), on_failure) {
-            (true, _) => Standing::Up,
-            (_, OnFailure::Detach) => Standing::Detached,
-            _ if self.recovery.health() == Health::Quarantined => Standing::Quarantined,
-            (_, OnFailure::Bypass) => Standing::Bypassed,
-            _ => Standing::Restarting,
-        }
-    }
-}
-
-struct Watch {
-    hosts: BTreeMap<HostId, Host>,
-    engines: Vec<EngineHandle>,
-    page: Arc<Page>,
-    log: LogSink,
-    orders: Receiver<Order>,
-    sender: Sender<Order>,
-    wake: Doorbell,
-    clock: Clock,
-    policy: RecoveryPolicy,
+pub(super) struct Watch {
+    pub(super) hosts: BTreeMap<HostId, Host>,
+    pub(super) engines: Vec<EngineHandle>,
+    pub(super) page: Arc<Page>,
+    pub(super) log: LogSink,
+    pub(super) orders: Receiver<Order>,
+    pub(super) sender: Sender<Order>,
+    pub(super) wake: Doorbell,
+    pub(super) clock: Clock,
+    pub(super) policy: RecoveryPolicy,
 }
 
 impl Watch {
@@ -366,7 +44,7 @@ impl Watch {
         self.hosts.get(&host).is_some_and(|host| host.life == life)
     }
 
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         loop {
             while let Ok(order) = self.orders.try_recv() {
                 match order {
