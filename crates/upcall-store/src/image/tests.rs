@@ -1,12 +1,12 @@
 //! The store on real images, with the daemon that is installed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use upcall_block::{Allocation, Extent};
+use upcall_block::{Allocation, Extent, OpSet};
 use upcall_ring::{Access, Mapping, memfd};
 
 use super::*;
