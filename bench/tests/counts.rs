@@ -291,11 +291,12 @@ fn a_request_through_an_inline_filter_makes_no_system_call() {
         };
         text.lines().filter_map(call).filter(|(name, _)| name != "total").collect()
     };
-    let (few, many) = (calls(1000), calls(6000));
+    let (few, many) = (calls(1000), calls(101_000));
     assert!(few.contains_key("mmap"), "the summary was not understood: {few:?}");
     let more: i64 = many.iter().map(|(name, calls)| calls - few.get(name).unwrap_or(&0)).sum();
-    // Starting and ending is never quite the same twice.
-    assert!(more < 50, "5000 more requests made {more} more calls: {few:?} {many:?}");
+    // Starting and ending is never quite the same twice, least of all on a busy machine: one for
+    // each hundred is none.
+    assert!(more < 1000, "100,000 more requests made {more} more calls: {few:?} {many:?}");
 }
 
 /// Instructions of the queue thread for a request, as this test is compiled: for debugging,
