@@ -130,6 +130,34 @@ fn holes_of_a_disk_behind_are_holes() {
     server.stop();
 }
 
+/// Where it cannot be said what is a hole, everything is data: a client that copies it all is right.
+#[test]
+fn a_disk_behind_that_fails_to_tell_its_holes_is_all_data() {
+    let scratch = Scratch::new();
+    let trigger = scratch.text("fail-extents");
+    let nbdkit = ["--filter=error", "data", "size=32M", "data=@0x400000 1*65536"];
+    let file = format!("error-extents-file={trigger}");
+    let fails = ["error-extents=EIO", "error-extents-rate=100%", &file];
+    let _nbdkit = Nbdkit::start(&scratch, &[&nbdkit[..], &fails].concat());
+    let (server, uri) = serve(&scratch, &[]);
+    let kinds = || -> Vec<u64> {
+        let map = succeed("nbdinfo", &["--map", "--json", &uri]);
+        let map: Value = serde_json::from_str(&map).unwrap();
+        map.as_array().unwrap().iter().map(|part| part["type"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(kinds(), [3, 0, 3]);
+    std::fs::write(&trigger, "").unwrap();
+    assert_eq!(kinds(), [0]);
+    let copy = scratch.text("copy");
+    succeed("nbdcopy", &[&uri, &copy]);
+    let copy = std::fs::read(&copy).unwrap();
+    let is_data = |at: usize| (0x40_0000..0x40_0000 + 65536).contains(&at);
+    assert!(copy.iter().enumerate().all(|(at, byte)| *byte == u8::from(is_data(at))));
+    std::fs::remove_file(&trigger).unwrap();
+    assert_eq!(kinds(), [3, 0, 3]);
+    server.stop();
+}
+
 /// Each of nbdkit's errors can be turned on by itself. What is not turned on goes well.
 #[test]
 fn what_fails_behind_fails_for_the_client_that_asked_and_for_nothing_else() {

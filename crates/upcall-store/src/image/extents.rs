@@ -8,7 +8,7 @@
 //!
 //! Always true: what is called a hole or zeroes reads as zeroes, and whoever cannot be asked is
 //! said to have data. A daemon that does not answer is not asked again, so that the disk's other
-//! questions do not wait for it in vain.
+//! questions do not wait for it in vain; one that answers that it cannot tell is.
 
 use std::io;
 use std::os::unix::net::UnixStream;

@@ -5,8 +5,8 @@
 //! it answers is read with the first question. So nobody waits for it who does not ask, and a
 //! daemon that gives its clients a few seconds to negotiate (QEMU 9.1) has nothing to wait for.
 //!
-//! Always true: each wait has an end, and each answer a largest size; after an error nothing more
-//! is asked, as nobody knows where in the stream the next answer would begin.
+//! Always true: each wait has an end, and each answer a largest size; after something that is no
+//! answer nothing more is asked, as nobody knows where in the stream the next one would begin.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -32,6 +32,8 @@ const CONTEXT: &[u8] = b"base:allocation";
 const CMD_BLOCK_STATUS: u16 = 7;
 const CHUNK_NONE: u16 = 0;
 const CHUNK_BLOCK_STATUS: u16 = 5;
+/// Kinds from here on say that it has failed.
+const CHUNK_ERROR: u16 = 1 << 15;
 const FLAG_DONE: u16 = 1;
 
 /// More than QEMU answers to an option.
@@ -77,7 +79,8 @@ impl Asking {
     }
 
     /// What the `length` bytes from `offset` on are, or the first of them; in no more time
-    /// than `patience`. The stretches are as the daemon says them.
+    /// than `patience`. The stretches are as the daemon says them; none: it could not tell, and
+    /// may be asked again.
     pub fn ask(
         &mut self,
         offset: u64,
@@ -144,7 +147,7 @@ impl Asking {
 
     /// Reads the answer to the last question.
     fn status(&mut self, context: u32, deadline: Instant) -> io::Result<Vec<Stretch>> {
-        let mut found = None;
+        let (mut found, mut has_failed) = (None, false);
         loop {
             let magic = u32::from_be_bytes(self.read(deadline)?);
             let flags = u16::from_be_bytes(self.read(deadline)?);
@@ -157,10 +160,12 @@ impl Asking {
             let data = self.read_vec(length, deadline)?;
             match (kind, &found) {
                 (CHUNK_NONE, _) => {}
+                (CHUNK_ERROR.., _) => has_failed = true,
                 (CHUNK_BLOCK_STATUS, None) => found = Some(stretches(&data, context)?),
                 _ => return Err(odd("cannot tell what its disk consists of")),
             }
             if flags & FLAG_DONE != 0 {
+                let found = if has_failed { Some(Vec::new()) } else { found };
                 return found.ok_or_else(|| odd("tells nothing"));
             }
         }
@@ -296,6 +301,22 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_server_that_cannot_tell_may_be_asked_again() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut asking = Asking::new(ours, "disk").unwrap();
+        theirs.write_all(&handshake()).unwrap();
+        // An error with a message, behind a part of an answer; and one for the whole.
+        theirs.write_all(&answer(0, CHUNK_BLOCK_STATUS, 1, &[7, 4096, 3])).unwrap();
+        theirs.write_all(&answer(FLAG_DONE, 0x8002, 1, &[5, 0, 0])).unwrap();
+        theirs.write_all(&answer(FLAG_DONE, 0x8001, 2, &[5, 0])).unwrap();
+        theirs.write_all(&answer(FLAG_DONE, CHUNK_BLOCK_STATUS, 3, &[7, 512, 2])).unwrap();
+        let patience = Duration::from_secs(5);
+        for expected in [vec![], vec![], vec![(512, 2)]] {
+            assert_eq!(asking.ask(0, 4608, patience).unwrap(), expected);
+        }
+    }
+
+    #[test]
     fn a_server_that_talks_nonsense_is_not_believed_and_never_waited_for_for_ever() {
         let ready = handshake();
         let then = |more: Vec<u8>| [ready.clone(), more].concat();
@@ -319,7 +340,6 @@ pub(super) mod tests {
             (then(answer(FLAG_DONE, CHUNK_BLOCK_STATUS, 1, &[7, 512])), "half"),
             (then(answer(FLAG_DONE, CHUNK_BLOCK_STATUS, 1, &[])), "something else"),
             (then(answer(FLAG_DONE, CHUNK_NONE, 1, &[])), "nothing"),
-            (then(answer(FLAG_DONE, 0x8001, 1, &[5, 0])), "cannot tell"),
             (then(answer(0, CHUNK_BLOCK_STATUS, 1, &[7, 512, 0]).repeat(2)), "cannot tell"),
         ] {
             let said = asked(&bytes).unwrap_err().to_string();
