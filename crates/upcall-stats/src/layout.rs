@@ -2,10 +2,13 @@
 
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"UPCLSTAT");
 pub(crate) const VERSION: u32 = 2;
+/// Where the directory begins.
 pub(crate) const DIRECTORY: usize = 4096;
+/// Bytes of one of its entries, of a name, and of a block.
 pub(crate) const ENTRY: usize = 256;
 pub(crate) const NAME: usize = 48;
 pub(crate) const BLOCK: usize = 4096;
+/// In a block, behind what is counted for each operation.
 pub(crate) const HISTOGRAM: usize = 1024;
 pub(crate) const NOW: usize = 64 * 6;
 pub(crate) const VIOLATIONS: usize = NOW + 8;
@@ -22,6 +25,7 @@ pub(crate) const FAILURES: usize = 136;
 pub(crate) const LONGEST_STALL: usize = 144;
 /// Its place among the hops of its disk.
 pub(crate) const RANK: usize = 152;
+/// A filter's own counters: how many, and the bytes that they take.
 pub(crate) const COUNTERS: usize = 63;
 pub(crate) const COUNTERS_SIZE: usize = 4096;
 

@@ -2,12 +2,13 @@
 //! what they count, notices their death, kills those that are given up, and has those that
 //! died started again.
 //!
-//! When and how often is decided by [`Recovery`]; setting a host up, which runs the filter's
-//! code and may take long, is done on a thread of its own, so that one filter that is slow to
-//! start keeps nobody else waiting.
+//! When and how often is decided by [`upcall_chain::Recovery`]; setting a host up, which runs the
+//! filter's code and may take long, is done on a thread of its own, so that one filter that is slow
+//! to start keeps nobody else waiting.
 //!
 //! Always true: a life of a host begins to be set up only when the process of the last one is
 //! dead, and every queue thread has said that nothing which it had issued can come late.
+
 mod host;
 mod keeper;
 mod watch;
