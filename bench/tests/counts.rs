@@ -321,7 +321,8 @@ fn a_request_and_an_up_call_take_no_more_instructions_than_they_did() {
         let collected = said.lines().find_map(|line| line.split_once("Collected : "));
         collected.expect("callgrind says how many").1.trim().parse().unwrap()
     };
-    let each = |filters| (count(filters, 21_000) - count(filters, 1000)) as f64 / 20_000.0;
+    // Many, as start and end, with threads that wait for each other, differ by a million or two.
+    let each = |filters| (count(filters, 201_000) - count(filters, 1000)) as f64 / 200_000.0;
     let (without, with) = (each(0), each(1));
     println!("{without} instructions for a request, {} more for an up-call", with - without);
     for (what, instructions, bound) in [
@@ -338,7 +339,7 @@ fn a_request_and_an_up_call_take_no_more_instructions_than_they_did() {
 }
 
 const REQUEST_INSTRUCTIONS: f64 = 1880.0;
-const UP_CALL_INSTRUCTIONS: f64 = 1214.0;
+const UP_CALL_INSTRUCTIONS: f64 = 1265.0;
 
 #[test]
 #[ignore = "run by another test, under strace or valgrind"]
