@@ -23,6 +23,16 @@ impl HopKind {
         }
     }
 
+    /// The kind of this number, which another may have written; one that is none is a store's.
+    pub(crate) const fn of_number(number: u64) -> HopKind {
+        match number {
+            0 => HopKind::Request,
+            1 => HopKind::Filter,
+            3 => HopKind::Vacant,
+            _ => HopKind::Store,
+        }
+    }
+
     /// A word for it.
     pub const fn name(self) -> &'static str {
         match self {

@@ -204,12 +204,7 @@ impl PageReader {
         HopSnapshot {
             disk: self.name(entry),
             name: self.name(entry + NAME),
-            kind: match self.number(entry + KIND) {
-                0 => HopKind::Request,
-                1 => HopKind::Filter,
-                3 => HopKind::Vacant,
-                _ => HopKind::Store,
-            },
+            kind: HopKind::of_number(self.number(entry + KIND)),
             block,
             health: FilterHealth {
                 standing: Standing::ALL

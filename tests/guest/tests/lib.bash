@@ -72,7 +72,7 @@ guest() { "$rig/run-guest" "$@"; }
 # start_load VM: what standard input says runs in the guest, in the background, with the
 # functions of load.bash. It is to end soon after /tmp/stop is there.
 start_load() {
-    cat "$top/tests/guest/tests/load.bash" - >"$scratch/load.sh"
+    cat "$rig/tests/load.bash" - >"$scratch/load.sh"
     "$rig/guest-ctl" put "$1" "$scratch/load.sh" /tmp/load.sh
     "$rig/guest-ctl" exec "$1" -c '(bash /tmp/load.sh >/tmp/load.log 2>&1; echo $? >/tmp/load.status) \
         </dev/null >/dev/null 2>&1 &'
@@ -84,9 +84,9 @@ expect_load() {
         cat /tmp/load.log; dmesg | tail -n 5; exit 1' || die "the guest's load has ended"
 }
 
-# end_load VM [SECONDS]: ends it, and expects that it saw nothing wrong.
+# end_load VM: ends it, and expects that it saw nothing wrong.
 end_load() {
-    "$rig/guest-ctl" exec "$1" --timeout "${2:-200}" -c 'touch /tmp/stop
+    "$rig/guest-ctl" exec "$1" --timeout 200 -c 'touch /tmp/stop
         for ((i = 0; i < 1800; i++)); do [ -s /tmp/load.status ] && break; sleep 0.1; done
         cat /tmp/load.log; dmesg | tail -n 5; [ "$(cat /tmp/load.status)" = 0 ]' ||
         die "the guest's load failed"

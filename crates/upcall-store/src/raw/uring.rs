@@ -90,7 +90,7 @@ impl UringQueue {
 
     /// Hands what waits to the kernel, as far as there is room, and lets it work off completions.
     /// What needs no call (or no further one) is completed here.
-    fn fill(&mut self, out: &mut Vec<StoreDone>) -> io::Result<()> {
+    fn hand_over(&mut self, out: &mut Vec<StoreDone>) -> io::Result<()> {
         while self.in_kernel < ENTRY_COUNT
             && let Some(index) = self.backlog.pop_front()
         {
@@ -168,10 +168,10 @@ impl UringQueue {
     fn turn(&mut self, out: &mut Vec<StoreDone>) -> io::Result<()> {
         let before = out.len();
         self.inbox.take(out);
-        let mut entered = self.fill(out);
+        let mut entered = self.hand_over(out);
         self.reap();
         if !self.backlog.is_empty() {
-            entered = entered.and(self.fill(out));
+            entered = entered.and(self.hand_over(out));
         }
         self.in_flight -= out.len() - before;
         entered
@@ -208,8 +208,8 @@ impl StoreQueue for UringQueue {
     fn before_sleep(&mut self) -> bool {
         // Old rings are taken back first; then a completion is either seen here or rings.
         let is_quiet = self.inbox.before_sleep();
-        let can_fill = !self.backlog.is_empty() && self.in_kernel < ENTRY_COUNT;
-        is_quiet && !can_fill && !self.wants_enter() && self.ring.completion().is_empty()
+        let can_hand_over = !self.backlog.is_empty() && self.in_kernel < ENTRY_COUNT;
+        is_quiet && !can_hand_over && !self.wants_enter() && self.ring.completion().is_empty()
     }
 }
 
